@@ -1,0 +1,343 @@
+//! What C++ may call. Every body runs inside the fence: a panic that reached cxx would abort the
+//! process, and with it the host application.
+#![expect(unsafe_code, reason = "the code that cxx generates")]
+#![allow(missing_docs, reason = "the generated half; each item of ours is documented")]
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::driver::cuda::{CudaDevice, CudaOptions, driver_version};
+use crate::driver::host::shim::WeightFile;
+use crate::driver::host::{HostDevice, HostOptions};
+use crate::driver::mutant::{Dropped, Mutant};
+use crate::driver::{ComputeStream, Device, Source};
+use crate::engine::{Engine, Options, Spec};
+use crate::error::{Error, Result};
+use crate::plan::{Profile, Tensor, plan};
+use crate::probe;
+
+#[cxx::bridge(namespace = "dgls")]
+mod ffi {
+    /// One tensor of a block.
+    #[derive(Debug, Clone)]
+    struct TensorSpec {
+        block: u32,
+        bytes: u64,
+        /// Index into the files, or -1: `place` is an address.
+        file: i32,
+        /// Address, or offset in the file.
+        place: u64,
+    }
+
+    /// See `engine::Spec` and `engine::Options`.
+    #[derive(Debug, Clone)]
+    struct EngineSpec {
+        /// CUDA ordinal, or -1 for the host device.
+        device: i32,
+        arena_address: u64,
+        arena_bytes: u64,
+        budget_bytes: u64,
+        tensors: Vec<TensorSpec>,
+        order: Vec<u32>,
+        files: Vec<String>,
+        min_stream_bytes: u64,
+        pinned_bytes: u64,
+        staging_bytes: u64,
+        trace_uses: u64,
+        copy_bytes_per_s: u64,
+        poison: bool,
+        /// Test only, a sum: 1 no wait for ready, 2 none for done, 4 copies one use too early.
+        faults: u32,
+    }
+
+    /// See `plan::Plan`.
+    #[derive(Debug, Clone)]
+    struct PlanFacts {
+        resident: Vec<u8>,
+        resident_bytes: u64,
+        streamed_bytes: u64,
+        slots: u32,
+        slot_bytes: u64,
+        arena_bytes: u64,
+        least_bytes: u64,
+        passes: u32,
+    }
+
+    /// Where the tensors of one position of the program lie in the arena.
+    #[derive(Debug, Clone)]
+    struct UseLayout {
+        block: u32,
+        offsets: Vec<u64>,
+    }
+
+    /// See `engine::Stats`.
+    #[derive(Debug, Clone)]
+    struct StatsFacts {
+        uses: u64,
+        on_demand: u64,
+        mispredicted: u64,
+        rebuilds: u64,
+        errors: u64,
+        passes: u64,
+        bytes: u64,
+        copies: u64,
+        pinned_bytes: u64,
+        pin_failures: u64,
+        staging_bytes: u64,
+    }
+
+    /// See `engine::Record`; times in nanoseconds.
+    #[derive(Debug, Clone)]
+    struct RecordFacts {
+        number: u64,
+        block: u32,
+        bytes: u64,
+        copy_start_ns: u64,
+        copy_end_ns: u64,
+        wait_ns: u64,
+        start_ns: u64,
+        end_ns: u64,
+    }
+
+    extern "Rust" {
+        type Handle;
+        fn make_plan(
+            tensors: &Vec<TensorSpec>,
+            order: &Vec<u32>,
+            budget_bytes: u64,
+            min_stream_bytes: u64,
+        ) -> Result<PlanFacts>;
+        fn make_engine(spec: &EngineSpec) -> Result<Box<Handle>>;
+        fn enter(self: &Handle, block: u32, stream: u64) -> Result<u32>;
+        fn exit(self: &Handle, stream: u64) -> Result<()>;
+        fn prefetch(self: &Handle, stream: u64) -> Result<()>;
+        fn begin_pass(self: &Handle) -> Result<()>;
+        fn end_pass(self: &Handle) -> Result<()>;
+        fn reload(self: &Handle, block: u32) -> Result<()>;
+        fn wants_rebuild(self: &Handle) -> bool;
+        fn rebuild(self: &Handle, budget_bytes: u64, address: u64, bytes: u64) -> Result<()>;
+        fn plan_for(self: &Handle, budget_bytes: u64) -> Result<PlanFacts>;
+        fn layout(self: &Handle) -> Result<Vec<UseLayout>>;
+        fn order(self: &Handle) -> Result<Vec<u32>>;
+        fn stats(self: &Handle) -> Result<StatsFacts>;
+        fn records(self: &Handle) -> Result<Vec<RecordFacts>>;
+        fn close(self: &Handle) -> Result<()>;
+        fn cuda_driver_version() -> Result<i32>;
+        fn measure_copy(device: i32, bytes: u64, repeats: u32, page_locked: bool) -> Result<f64>;
+        fn measure_page_lock(device: i32, max_bytes: u64) -> Result<u64>;
+        /// Test only: a panic inside the fence.
+        fn panic_for_test() -> Result<()>;
+    }
+}
+
+/// An engine, shared by the hooks of a model and whoever made it.
+#[derive(Debug)]
+pub struct Handle {
+    engine: Engine,
+}
+
+/// Turns a panic into an error.
+fn fence<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(Error::Internal(text.unwrap_or("a panic without a message").into()))
+    })
+}
+
+fn profile_of(tensors: &[ffi::TensorSpec], order: &[u32], min_stream_bytes: u64) -> Profile {
+    let tensor = |spec: &ffi::TensorSpec| Tensor { block: spec.block, bytes: spec.bytes };
+    Profile {
+        tensors: tensors.iter().map(tensor).collect(),
+        order: order.to_vec(),
+        min_stream_bytes,
+    }
+}
+
+fn facts_of(plan: &crate::plan::Plan) -> ffi::PlanFacts {
+    ffi::PlanFacts {
+        resident: plan.resident.iter().map(|&resident| u8::from(resident)).collect(),
+        resident_bytes: plan.resident_bytes,
+        streamed_bytes: plan.streamed_bytes,
+        slots: plan.slots,
+        slot_bytes: plan.slot_bytes,
+        arena_bytes: plan.arena_bytes(),
+        least_bytes: plan.least_bytes,
+        passes: plan.program.passes,
+    }
+}
+
+fn make_plan(
+    tensors: &Vec<ffi::TensorSpec>,
+    order: &Vec<u32>,
+    budget_bytes: u64,
+    min_stream_bytes: u64,
+) -> Result<ffi::PlanFacts> {
+    fence(|| {
+        let profile = profile_of(tensors, order, min_stream_bytes);
+        Ok(facts_of(&plan(&profile, budget_bytes)?))
+    })
+}
+
+fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
+    let files = spec.files.iter().map(|path| WeightFile::open(path)).collect::<Result<_>>()?;
+    let device: Arc<dyn Device> = if spec.device < 0 {
+        Arc::new(HostDevice::new(HostOptions { files, copy_bytes_per_s: spec.copy_bytes_per_s })?)
+    } else {
+        let timing = spec.trace_uses > 0;
+        Arc::new(CudaDevice::new(CudaOptions { ordinal: spec.device, files, timing })?)
+    };
+    let dropped = Dropped { ready: spec.faults & 1 != 0, done: spec.faults & 2 != 0, chunk: false };
+    if dropped == Dropped::default() {
+        Ok(device)
+    } else {
+        Ok(Arc::new(Mutant::new(device, dropped)))
+    }
+}
+
+fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
+    fence(|| {
+        let source = |tensor: &ffi::TensorSpec| match u32::try_from(tensor.file) {
+            Ok(file) => Source::File { file, offset: tensor.place },
+            Err(_) => Source::Memory { address: tensor.place },
+        };
+        let engine_spec = Spec {
+            profile: profile_of(&spec.tensors, &spec.order, spec.min_stream_bytes),
+            sources: spec.tensors.iter().map(source).collect(),
+            budget_bytes: spec.budget_bytes,
+            pinned_bytes: spec.pinned_bytes,
+            staging_bytes: spec.staging_bytes,
+            trace_uses: usize::try_from(spec.trace_uses.min(1 << 20)).unwrap_or(0),
+            options: Options {
+                poison: spec.poison,
+                timing: spec.trace_uses > 0,
+                early: u64::from(spec.faults & 4 != 0),
+            },
+        };
+        let device = make_device(spec)?;
+        let engine = Engine::new(device, engine_spec, spec.arena_address, spec.arena_bytes)?;
+        Ok(Box::new(Handle { engine }))
+    })
+}
+
+fn cuda_driver_version() -> Result<i32> {
+    fence(driver_version)
+}
+
+fn measure_copy(device: i32, bytes: u64, repeats: u32, page_locked: bool) -> Result<f64> {
+    fence(|| probe::measure_copy(device, bytes, repeats, page_locked))
+}
+
+fn measure_page_lock(device: i32, max_bytes: u64) -> Result<u64> {
+    fence(|| probe::measure_page_lock(device, max_bytes))
+}
+
+fn panic_for_test() -> Result<()> {
+    fence(|| panic!("a panic for a test"))
+}
+
+impl Handle {
+    fn enter(&self, block: u32, stream: u64) -> Result<u32> {
+        fence(|| self.engine.enter(block, ComputeStream(stream)))
+    }
+
+    fn exit(&self, stream: u64) -> Result<()> {
+        fence(|| self.engine.exit(ComputeStream(stream)))
+    }
+
+    fn prefetch(&self, stream: u64) -> Result<()> {
+        fence(|| self.engine.prefetch(ComputeStream(stream)))
+    }
+
+    fn begin_pass(&self) -> Result<()> {
+        fence(|| {
+            self.engine.begin_pass();
+            Ok(())
+        })
+    }
+
+    fn end_pass(&self) -> Result<()> {
+        fence(|| {
+            self.engine.end_pass();
+            Ok(())
+        })
+    }
+
+    fn reload(&self, block: u32) -> Result<()> {
+        fence(|| self.engine.reload(block))
+    }
+
+    fn wants_rebuild(&self) -> bool {
+        self.engine.wants_rebuild()
+    }
+
+    fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
+        fence(|| self.engine.rebuild(budget_bytes, address, bytes))
+    }
+
+    fn plan_for(&self, budget_bytes: u64) -> Result<ffi::PlanFacts> {
+        fence(|| Ok(facts_of(&self.engine.plan_for(budget_bytes)?)))
+    }
+
+    fn layout(&self) -> Result<Vec<ffi::UseLayout>> {
+        fence(|| {
+            let layout = self.engine.layout().into_iter();
+            Ok(layout.map(|(block, offsets)| ffi::UseLayout { block, offsets }).collect())
+        })
+    }
+
+    fn order(&self) -> Result<Vec<u32>> {
+        fence(|| Ok(self.engine.order()))
+    }
+
+    fn stats(&self) -> Result<ffi::StatsFacts> {
+        fence(|| {
+            let stats = self.engine.stats();
+            let counters = stats.counters;
+            Ok(ffi::StatsFacts {
+                uses: counters.uses,
+                on_demand: counters.on_demand,
+                mispredicted: counters.mispredicted,
+                rebuilds: counters.rebuilds,
+                errors: counters.errors,
+                passes: stats.passes,
+                bytes: stats.bytes,
+                copies: stats.copies,
+                pinned_bytes: stats.pinned_bytes,
+                pin_failures: stats.pin_failures,
+                staging_bytes: stats.staging_bytes,
+            })
+        })
+    }
+
+    fn records(&self) -> Result<Vec<ffi::RecordFacts>> {
+        fence(|| {
+            let facts = |record: crate::engine::Record| ffi::RecordFacts {
+                number: record.number,
+                block: record.block,
+                bytes: record.bytes,
+                copy_start_ns: record.times.copy_start_ns,
+                copy_end_ns: record.times.copy_end_ns,
+                wait_ns: record.times.wait_ns,
+                start_ns: record.times.start_ns,
+                end_ns: record.times.end_ns,
+            };
+            Ok(self.engine.records().into_iter().map(facts).collect())
+        })
+    }
+
+    fn close(&self) -> Result<()> {
+        fence(|| self.engine.close())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_an_error() {
+        let error = panic_for_test().expect_err("it panics");
+        assert_eq!(error.to_string(), "internal error (please report it): a panic for a test");
+    }
+}

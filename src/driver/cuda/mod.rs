@@ -1,0 +1,301 @@
+//! The CUDA device: torch's primary context, one copy stream of ours, events, page-locks.
+#![expect(unsafe_code, reason = "calls the CUDA driver; every call of it is in this folder")]
+
+mod api;
+mod clock;
+mod stream;
+
+use std::ffi::c_void;
+
+use parking_lot::Mutex;
+
+pub use self::api::driver_version;
+use self::clock::Clock;
+use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, EVENT_UNTIMED, Event, Primary};
+use super::host::shim::{self, WeightFile};
+use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use crate::error::{Error, Result};
+use crate::units::index;
+
+const PORTABLE: u32 = 1;
+const READ_ONLY: u32 = 8;
+const INVALID_VALUE: u32 = 1;
+
+/// What a CUDA device is made with.
+#[derive(Debug, Default)]
+pub struct CudaOptions {
+    /// The device's ordinal, as torch counts.
+    pub ordinal: i32,
+    /// Files that [`Source::File`] indexes.
+    pub files: Vec<WeightFile>,
+    /// Whether events carry times.
+    pub timing: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    copy_start: Option<Event>,
+    ready: Event,
+    wait: Option<Event>,
+    start: Option<Event>,
+    done: Event,
+}
+
+/// A CUDA device. Fields drop in order: events and stream before the context.
+#[derive(Debug)]
+pub struct CudaDevice {
+    slots: Mutex<Vec<Slot>>,
+    chunks: Mutex<Vec<Event>>,
+    clock: Mutex<Option<Clock>>,
+    copy_stream: CopyStream,
+    files: Vec<WeightFile>,
+    timing: bool,
+    primary: Primary,
+}
+
+impl CudaDevice {
+    /// Retains the primary context and makes the copy stream.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoDriver`] with the reason, or the driver's error.
+    pub fn new(options: CudaOptions) -> Result<Self> {
+        driver_version()?;
+        let primary = Primary::retain(api::api()?, options.ordinal)?;
+        let copy_stream = {
+            let _bound = primary.bind()?;
+            CopyStream::new(primary.api)?
+        };
+        Ok(Self {
+            slots: Mutex::new(Vec::new()),
+            chunks: Mutex::new(Vec::new()),
+            clock: Mutex::new(None),
+            copy_stream,
+            files: options.files,
+            timing: options.timing,
+            primary,
+        })
+    }
+
+    fn on<T>(&self, slot: EventSlot, act: impl FnOnce(&Slot) -> Result<T>) -> Result<T> {
+        let _bound = self.primary.bind()?;
+        act(&self.slots.lock()[index(slot.0)])
+    }
+
+    /// Allocates device memory outside of torch, for measuring a link.
+    ///
+    /// # Errors
+    ///
+    /// The driver's error.
+    pub fn allocate(&self, bytes: u64) -> Result<u64> {
+        let _bound = self.primary.bind()?;
+        let mut address = 0;
+        // SAFETY: writes one address.
+        let code = unsafe { (self.primary.api.cuMemAlloc_v2)(&raw mut address, index(bytes)) };
+        self.primary.api.check("cuMemAlloc", code)?;
+        Ok(address)
+    }
+
+    /// Frees what [`CudaDevice::allocate`] gave.
+    pub fn free(&self, address: u64) {
+        if self.primary.bind().is_ok() {
+            // SAFETY: from `allocate`, freed once by its caller.
+            let _ = unsafe { (self.primary.api.cuMemFree_v2)(address) };
+        }
+    }
+}
+
+impl Device for CudaDevice {
+    fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        let api = self.primary.api;
+        let flags = if self.timing { EVENT_TIMED } else { EVENT_UNTIMED };
+        let timed = || if self.timing { Event::new(api, flags).map(Some) } else { Ok(None) };
+        let make = |_| {
+            Ok(Slot {
+                copy_start: timed()?,
+                ready: Event::new(api, flags)?,
+                wait: timed()?,
+                start: timed()?,
+                done: Event::new(api, flags)?,
+            })
+        };
+        let made: Vec<Slot> = (0..slots).map(make).collect::<Result<_>>()?;
+        let ends = (0..chunks).map(|_| Event::new(api, EVENT_BLOCKING)).collect::<Result<_>>()?;
+        *self.clock.lock() = if self.timing {
+            let (origin, next) = (Event::new(api, flags)?, Event::new(api, flags)?);
+            Some(Clock::start(origin, next, self.copy_stream.raw)?)
+        } else {
+            None
+        };
+        *self.slots.lock() = made;
+        *self.chunks.lock() = ends;
+        Ok(())
+    }
+
+    fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
+        let Source::Memory { address } = source else {
+            return Err(Error::Internal("a file is not copied without staging".into()));
+        };
+        let _bound = self.primary.bind()?;
+        // SAFETY: the engine checked `target` against the arena; the source is page-locked and
+        // kept alive by the owner of the engine, or a staging chunk whose end is marked.
+        let code = unsafe {
+            (self.primary.api.cuMemcpyHtoDAsync_v2)(
+                target,
+                index(address) as *const c_void,
+                index(bytes),
+                self.copy_stream.raw,
+            )
+        };
+        self.primary.api.check("cuMemcpyHtoDAsync", code)
+    }
+
+    fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        // SAFETY: the engine checked `target` against the arena.
+        let code = unsafe {
+            (self.primary.api.cuMemsetD8Async)(target, value, index(bytes), self.copy_stream.raw)
+        };
+        self.primary.api.check("cuMemsetD8Async", code)
+    }
+
+    fn wait_done(&self, slot: EventSlot) -> Result<()> {
+        self.on(slot, |events| events.done.hold(self.copy_stream.raw))
+    }
+
+    fn mark_copy_start(&self, slot: EventSlot) -> Result<()> {
+        self.on(slot, |events| match &events.copy_start {
+            Some(event) => event.record(self.copy_stream.raw),
+            None => Ok(()),
+        })
+    }
+
+    fn mark_ready(&self, slot: EventSlot) -> Result<()> {
+        self.on(slot, |events| events.ready.record(self.copy_stream.raw))
+    }
+
+    fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
+        let stream = index(compute.0) as api::Stream;
+        let record = |event: &Option<Event>| match event {
+            Some(event) if timed => event.record(stream),
+            _ => Ok(()),
+        };
+        self.on(slot, |events| {
+            record(&events.wait)?;
+            events.ready.hold(stream)?;
+            record(&events.start)
+        })
+    }
+
+    fn mark_done(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        self.on(slot, |events| events.done.record(index(compute.0) as api::Stream))
+    }
+
+    fn takes(&self, source: Source, page_locked: bool) -> bool {
+        page_locked && matches!(source, Source::Memory { .. })
+    }
+
+    fn allocate_chunk(&self, bytes: u64) -> Result<u64> {
+        let _bound = self.primary.bind()?;
+        let mut memory = std::ptr::null_mut();
+        let api = self.primary.api;
+        // SAFETY: writes one address.
+        let code = unsafe { (api.cuMemHostAlloc)(&raw mut memory, index(bytes), PORTABLE) };
+        api.check("cuMemHostAlloc", code)
+            .map_err(|error| Error::PageLock { bytes, reason: error.to_string() })?;
+        Ok(memory as u64)
+    }
+
+    fn free_chunk(&self, address: u64, _bytes: u64) {
+        if self.primary.bind().is_ok() {
+            // SAFETY: from `allocate_chunk`, freed once by `Staging`, after its copies ended.
+            let _ = unsafe { (self.primary.api.cuMemFreeHost)(index(address) as *mut c_void) };
+        }
+    }
+
+    fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
+        match source {
+            Source::Memory { address: from } => {
+                shim::copy(address, from, bytes);
+                Ok(())
+            }
+            Source::File { file, offset } => match self.files.get(index(file)) {
+                Some(file) => file.read_at(offset, address, bytes),
+                None => Err(Error::Invalid(format!("weight file {file} is not open"))),
+            },
+        }
+    }
+
+    fn mark_chunk(&self, chunk: u32) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        self.chunks.lock()[index(chunk)].record(self.copy_stream.raw)
+    }
+
+    fn wait_chunk(&self, chunk: u32) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        self.chunks.lock()[index(chunk)].synchronize()
+    }
+
+    fn page_lock(&self, address: u64, bytes: u64) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        let api = self.primary.api;
+        let register = |flags| {
+            // SAFETY: the driver checks that the range is mapped; it writes nothing there.
+            unsafe {
+                (api.cuMemHostRegister_v2)(index(address) as *mut c_void, index(bytes), flags)
+            }
+        };
+        // A read-only mapping is refused as an invalid value unless the flag says that it is one.
+        let code = match register(PORTABLE) {
+            INVALID_VALUE => register(PORTABLE | READ_ONLY),
+            code => code,
+        };
+        // The driver API keeps no last error: a refusal here blames no later call.
+        api.check("cuMemHostRegister", code)
+            .map_err(|error| Error::PageLock { bytes, reason: error.to_string() })
+    }
+
+    fn page_unlock(&self, address: u64, _bytes: u64) {
+        if self.primary.bind().is_ok() {
+            // SAFETY: from `page_lock`, undone once by `Pins`, after its copies ended.
+            let _ =
+                unsafe { (self.primary.api.cuMemHostUnregister)(index(address) as *mut c_void) };
+        }
+    }
+
+    fn times(&self, slot: EventSlot) -> Option<UseTimes> {
+        let _bound = self.primary.bind().ok()?;
+        let mut clock = self.clock.lock();
+        let clock = clock.as_mut()?;
+        let slots = self.slots.lock();
+        let events = &slots[index(slot.0)];
+        let mut read = |event: &Event| clock.read(event, self.copy_stream.raw);
+        Some(UseTimes {
+            end_ns: read(&events.done)?,
+            copy_start_ns: read(events.copy_start.as_ref()?)?,
+            copy_end_ns: read(&events.ready)?,
+            wait_ns: read(events.wait.as_ref()?)?,
+            start_ns: read(events.start.as_ref()?)?,
+        })
+    }
+
+    fn quiesce(&self, last: Option<EventSlot>) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        let copies = self.copy_stream.synchronize();
+        let done = last.map_or(Ok(()), |slot| self.slots.lock()[index(slot.0)].done.synchronize());
+        copies.and(done)
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // Events and the stream are released with the context current; work ends before.
+        if let Ok(_bound) = self.primary.bind() {
+            let _ = self.copy_stream.synchronize();
+            self.slots.lock().clear();
+            self.chunks.lock().clear();
+            *self.clock.lock() = None;
+        }
+    }
+}

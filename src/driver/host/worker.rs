@@ -1,0 +1,207 @@
+//! The copy thread of the host device: a queue in order, and what has passed so far.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::HostOptions;
+use super::shim;
+use crate::driver::{EventSlot, Source, UseTimes};
+use crate::error::{Error, Result};
+use crate::units::index;
+
+/// One entry of the queue.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Op {
+    Copy { source: Source, target: u64, bytes: u64 },
+    Fill { target: u64, bytes: u64, value: u8 },
+    CopyStart(EventSlot),
+    Ready(EventSlot),
+    Stop,
+}
+
+/// The marks of one use. `ready_enqueued > ready_passed` while its copies are under way.
+#[derive(Debug, Default)]
+struct Marks {
+    ready_enqueued: u64,
+    ready_passed: u64,
+    error: Option<Error>,
+    times: UseTimes,
+}
+
+#[derive(Debug)]
+struct State {
+    queue: VecDeque<Op>,
+    busy: bool,
+    marks: Vec<Marks>,
+    /// Error of the copies since the last `Ready`; it belongs to the next one.
+    error: Option<Error>,
+}
+
+/// What the device and its thread share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    passed: Condvar,
+    options: HostOptions,
+    epoch: Instant,
+}
+
+impl Shared {
+    pub(super) fn new(options: HostOptions) -> Self {
+        let state = State { queue: VecDeque::new(), busy: false, marks: Vec::new(), error: None };
+        Self {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            passed: Condvar::new(),
+            options,
+            epoch: Instant::now(),
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn prepare(&self, slots: u32) {
+        self.drain();
+        let mut state = self.state.lock();
+        state.marks.clear();
+        state.marks.resize_with(index(slots), Marks::default);
+        state.error = None;
+        // Room for the deepest queue there can be, so that the hot path never allocates.
+        state.queue.reserve(index(slots) * 64);
+    }
+
+    /// Adds to the queue; the thread is woken by `flush`, or by whoever waits.
+    pub(super) fn push(&self, op: Op) {
+        self.state.lock().queue.push_back(op);
+    }
+
+    pub(super) fn flush(&self) {
+        if !self.state.lock().queue.is_empty() {
+            self.work.notify_one();
+        }
+    }
+
+    pub(super) fn mark_ready(&self, slot: EventSlot) {
+        let mut state = self.state.lock();
+        state.marks[index(slot.0)].ready_enqueued += 1;
+        if state.busy || !state.queue.is_empty() {
+            state.queue.push_back(Op::Ready(slot));
+        } else {
+            // Nothing is under way: the mark has passed already. To wake the thread for it would
+            // cost more than all the rest of a resident block's call.
+            self.pass_ready(&mut state, slot);
+        }
+    }
+
+    pub(super) fn wait_ready(&self, slot: EventSlot, timed: bool) -> Result<()> {
+        let arrived_ns = if timed { self.now_ns() } else { 0 };
+        let mut state = self.state.lock();
+        let target = state.marks[index(slot.0)].ready_enqueued;
+        while state.marks[index(slot.0)].ready_passed < target {
+            self.work.notify_one();
+            self.passed.wait(&mut state);
+        }
+        let marks = &mut state.marks[index(slot.0)];
+        if timed {
+            marks.times.wait_ns = arrived_ns;
+            marks.times.start_ns = self.now_ns();
+        }
+        marks.error.clone().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn mark_done(&self, slot: EventSlot) {
+        let now_ns = self.now_ns();
+        self.state.lock().marks[index(slot.0)].times.end_ns = now_ns;
+    }
+
+    pub(super) fn times(&self, slot: EventSlot) -> Option<UseTimes> {
+        let state = self.state.lock();
+        let marks = &state.marks[index(slot.0)];
+        (marks.ready_passed == marks.ready_enqueued).then_some(marks.times)
+    }
+
+    pub(super) fn drain(&self) {
+        let mut state = self.state.lock();
+        while state.busy || !state.queue.is_empty() {
+            self.work.notify_one();
+            self.passed.wait(&mut state);
+        }
+    }
+
+    pub(super) fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
+        match source {
+            Source::Memory { address: from } => {
+                shim::copy(address, from, bytes);
+                Ok(())
+            }
+            Source::File { file, offset } => {
+                let file = self
+                    .options
+                    .files
+                    .get(index(file))
+                    .ok_or_else(|| Error::Invalid(format!("weight file {file} is not open")))?;
+                file.read_at(offset, address, bytes)
+            }
+        }
+    }
+
+    /// The thread's body: takes all that is in the queue at once, since each look at it may
+    /// meet the caller's.
+    pub(super) fn run(&self) {
+        let mut batch = VecDeque::new();
+        loop {
+            {
+                let mut state = self.state.lock();
+                state.busy = false;
+                while state.queue.is_empty() {
+                    self.passed.notify_all();
+                    self.work.wait(&mut state);
+                }
+                std::mem::swap(&mut batch, &mut state.queue);
+                let room = batch.capacity();
+                state.queue.reserve(room);
+                state.busy = true;
+            }
+            while let Some(op) = batch.pop_front() {
+                match op {
+                    Op::Copy { source, target, bytes } => self.copy(source, target, bytes),
+                    Op::Fill { target, bytes, value } => shim::fill(target, value, bytes),
+                    Op::CopyStart(slot) => {
+                        let now_ns = self.now_ns();
+                        self.state.lock().marks[index(slot.0)].times.copy_start_ns = now_ns;
+                    }
+                    Op::Ready(slot) => self.pass_ready(&mut self.state.lock(), slot),
+                    Op::Stop => return,
+                }
+            }
+        }
+    }
+
+    fn copy(&self, source: Source, target: u64, bytes: u64) {
+        let begun = Instant::now();
+        if let Err(error) = self.read(source, target, bytes) {
+            self.state.lock().error.get_or_insert(error);
+        }
+        if self.options.copy_bytes_per_s > 0 {
+            let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.options.copy_bytes_per_s);
+            let due = Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX));
+            #[expect(clippy::disallowed_methods, reason = "the modelled link is busy meanwhile")]
+            std::thread::sleep(due.saturating_sub(begun.elapsed()));
+        }
+    }
+
+    fn pass_ready(&self, state: &mut State, slot: EventSlot) {
+        let now_ns = self.now_ns();
+        let error = state.error.take();
+        let marks = &mut state.marks[index(slot.0)];
+        marks.error = error;
+        marks.ready_passed += 1;
+        marks.times.copy_end_ns = now_ns;
+        self.passed.notify_all();
+    }
+}

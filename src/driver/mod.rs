@@ -1,0 +1,186 @@
+//! The device boundary: what the engine asks of a device, and the three that answer.
+//!
+//! Each engine owns one device value: one copy stream, its events, its staging chunks. Every
+//! call enqueues and returns unless its doc says that it blocks.
+
+pub mod cuda;
+pub mod host;
+pub mod mutant;
+pub mod sim;
+
+use crate::error::Result;
+
+/// One pair of events, *ready* and *done*, of one use of a block. The engine alternates between
+/// two sets, so that the times of one pass can be read while the next is enqueued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventSlot(pub u32);
+
+/// The stream on which the caller's kernels run: torch's current one, looked up at each call.
+/// The host device computes on the calling thread and ignores it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ComputeStream(pub u64);
+
+/// Where the bytes of one copy come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Host memory that the device can read by itself: page-locked, or any memory for a device
+    /// that copies with the processor.
+    Memory {
+        /// First byte.
+        address: u64,
+    },
+    /// A range of an open file.
+    File {
+        /// Index into the files that the device was made with.
+        file: u32,
+        /// First byte.
+        offset: u64,
+    },
+}
+
+impl Source {
+    /// The same source, `bytes` further on.
+    #[must_use]
+    pub fn advanced(self, bytes: u64) -> Self {
+        match self {
+            Self::Memory { address } => Self::Memory { address: address + bytes },
+            Self::File { file, offset } => Self::File { file, offset: offset + bytes },
+        }
+    }
+}
+
+/// When the marks of one use were passed, in nanoseconds since the device was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct UseTimes {
+    /// The copy stream began the first copy of the use.
+    pub copy_start_ns: u64,
+    /// The copy stream finished the last copy of the use: *ready*.
+    pub copy_end_ns: u64,
+    /// The compute stream arrived at the wait for *ready*.
+    pub wait_ns: u64,
+    /// The compute stream went on: the block began.
+    pub start_ns: u64,
+    /// The block ended: *done*.
+    pub end_ns: u64,
+}
+
+/// A device with one copy stream of its own.
+///
+/// A wait on an event that was never recorded is a no-op, as in CUDA. Whoever waits must know
+/// that the record was enqueued before.
+pub trait Device: Send + Sync + std::fmt::Debug {
+    /// Makes the events for `slots` uses and `chunks` staging chunks; drops those made before.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`] when the driver refuses an event.
+    fn prepare(&self, slots: u32, chunks: u32) -> Result<()>;
+
+    /// Copy stream: enqueues a copy of `bytes` bytes to the device address `target`.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`] or [`crate::Error::Read`], at once or from a later call.
+    fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()>;
+
+    /// Copy stream: enqueues a fill with `value`; used to poison freed bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()>;
+
+    /// Copy stream: enqueues a wait for the *done* of a use.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn wait_done(&self, slot: EventSlot) -> Result<()>;
+
+    /// Copy stream: marks the time at which the copies of a use begin.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn mark_copy_start(&self, slot: EventSlot) -> Result<()>;
+
+    /// Copy stream: marks *ready*, after the last copy of a use.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn mark_ready(&self, slot: EventSlot) -> Result<()>;
+
+    /// Compute stream: waits for *ready*; with `timed`, marks the time before and after.
+    ///
+    /// The host device blocks the calling thread here: its compute is the calling thread.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`], or the error of the copy that was waited for.
+    fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()>;
+
+    /// Compute stream: marks *done*, after the last kernel of a use.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn mark_done(&self, slot: EventSlot, compute: ComputeStream) -> Result<()>;
+
+    /// What was enqueued may begin: a device that starts work by itself does nothing here.
+    fn flush(&self) {}
+
+    /// Whether `copy` takes this source as it is; else it goes through a staging chunk.
+    fn takes(&self, source: Source, page_locked: bool) -> bool;
+
+    /// Allocates page-locked memory for one staging chunk and returns its address.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::PageLock`].
+    fn allocate_chunk(&self, bytes: u64) -> Result<u64>;
+
+    /// Gives back what [`Device::allocate_chunk`] returned; no copy may use it any more.
+    fn free_chunk(&self, address: u64, bytes: u64);
+
+    /// Reads `bytes` bytes of `source` into host memory at `address`. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Read`].
+    fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()>;
+
+    /// Copy stream: marks the end of the copy that reads staging chunk `chunk`.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn mark_chunk(&self, chunk: u32) -> Result<()>;
+
+    /// Blocks until the last mark of `chunk` has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn wait_chunk(&self, chunk: u32) -> Result<()>;
+
+    /// Page-locks host memory in place, at its exact size rounded out to pages.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::PageLock`]; the failure is cleared, so that later calls are not blamed.
+    fn page_lock(&self, address: u64, bytes: u64) -> Result<()>;
+
+    /// Undoes [`Device::page_lock`].
+    fn page_unlock(&self, address: u64, bytes: u64);
+
+    /// The times of a use whose marks have all passed; `None` while one has not. Never blocks.
+    fn times(&self, slot: EventSlot) -> Option<UseTimes>;
+
+    /// Blocks until the copy stream is empty and the *done* of `last`, if any, has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`], or the first copy error that no one was told yet.
+    fn quiesce(&self, last: Option<EventSlot>) -> Result<()>;
+}

@@ -1,0 +1,91 @@
+//! Any device with a wait taken out. Test only: shows that the tests would notice.
+
+use std::sync::Arc;
+
+use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use crate::error::Result;
+
+/// Which wait does nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Dropped {
+    /// The compute stream does not wait for *ready*.
+    pub ready: bool,
+    /// The copy stream does not wait for *done*.
+    pub done: bool,
+    /// A staging chunk is filled while it is copied from.
+    pub chunk: bool,
+}
+
+/// Passes every call on but the dropped waits.
+#[derive(Debug)]
+pub struct Mutant {
+    inner: Arc<dyn Device>,
+    dropped: Dropped,
+}
+
+impl Mutant {
+    /// Wraps `inner`.
+    pub fn new(inner: Arc<dyn Device>, dropped: Dropped) -> Self {
+        Self { inner, dropped }
+    }
+}
+
+impl Device for Mutant {
+    fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
+        self.inner.prepare(slots, chunks)
+    }
+    fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
+        self.inner.copy(source, target, bytes)
+    }
+    fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
+        self.inner.fill(target, bytes, value)
+    }
+    fn wait_done(&self, slot: EventSlot) -> Result<()> {
+        if self.dropped.done { Ok(()) } else { self.inner.wait_done(slot) }
+    }
+    fn mark_copy_start(&self, slot: EventSlot) -> Result<()> {
+        self.inner.mark_copy_start(slot)
+    }
+    fn mark_ready(&self, slot: EventSlot) -> Result<()> {
+        self.inner.mark_ready(slot)
+    }
+    fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
+        if self.dropped.ready { Ok(()) } else { self.inner.wait_ready(slot, compute, timed) }
+    }
+    fn mark_done(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        self.inner.mark_done(slot, compute)
+    }
+    fn flush(&self) {
+        self.inner.flush();
+    }
+    fn takes(&self, source: Source, page_locked: bool) -> bool {
+        self.inner.takes(source, page_locked)
+    }
+    fn allocate_chunk(&self, bytes: u64) -> Result<u64> {
+        self.inner.allocate_chunk(bytes)
+    }
+    fn free_chunk(&self, address: u64, bytes: u64) {
+        self.inner.free_chunk(address, bytes);
+    }
+    fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
+        self.inner.read(source, address, bytes)
+    }
+    fn mark_chunk(&self, chunk: u32) -> Result<()> {
+        self.inner.mark_chunk(chunk)
+    }
+    fn wait_chunk(&self, chunk: u32) -> Result<()> {
+        if self.dropped.chunk { Ok(()) } else { self.inner.wait_chunk(chunk) }
+    }
+    fn page_lock(&self, address: u64, bytes: u64) -> Result<()> {
+        self.inner.page_lock(address, bytes)
+    }
+    fn page_unlock(&self, address: u64, bytes: u64) {
+        self.inner.page_unlock(address, bytes);
+    }
+    fn times(&self, slot: EventSlot) -> Option<UseTimes> {
+        self.inner.times(slot)
+    }
+    fn quiesce(&self, last: Option<EventSlot>) -> Result<()> {
+        self.inner.quiesce(last)
+    }
+}

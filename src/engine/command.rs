@@ -1,0 +1,48 @@
+//! What the schedule decides and the executor does.
+
+use crate::driver::EventSlot;
+
+/// One thing to enqueue. The first group goes to the copy stream, in order; the second to the
+/// compute stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Copy stream: forget the streamed copies that are not enqueued yet; their uses will not come.
+    Cancel,
+    /// Copy stream: wait for *done*.
+    WaitDone(EventSlot),
+    /// Copy stream: mark where the copies of a use begin.
+    CopyStart(EventSlot),
+    /// Copy stream: the copy `copies[index]` of the program.
+    Copy {
+        /// Index into the program's copies.
+        index: u32,
+    },
+    /// Copy stream: bring the resident tensors of a block.
+    Load {
+        /// The block.
+        block: u32,
+    },
+    /// Copy stream: fill what a use has streamed with 0xFF.
+    Poison {
+        /// Position of the use in the program.
+        position: u32,
+    },
+    /// Copy stream: mark *ready*.
+    Ready {
+        /// The use's events.
+        slot: EventSlot,
+        /// Counts the *ready* marks of an engine; an acquire names the one it needs.
+        ticket: u64,
+    },
+    /// Compute stream: wait for *ready*, once it has been enqueued.
+    Acquire {
+        /// The use's events.
+        slot: EventSlot,
+        /// The *ready* that must have been enqueued before.
+        ticket: u64,
+        /// Whether to mark the times of the wait.
+        timed: bool,
+    },
+    /// Compute stream: mark *done*.
+    Release(EventSlot),
+}

@@ -1,0 +1,353 @@
+//! The state of an engine: keeps schedule, executor, memory and counts in step.
+
+use std::sync::Arc;
+
+use super::command::Command;
+use super::executor::{CopySide, Executor, Moved};
+use super::feed::{lock_streamed, staging_for, weights_of};
+use super::order::Order;
+use super::schedule::Schedule;
+use super::trace::{Counters, Record, Trace};
+use super::{Spec, Stats};
+use crate::driver::{ComputeStream, Device, EventSlot};
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+use crate::pool::{Arena, Pins, Staging};
+use crate::units::index;
+
+/// Whether the engine takes calls.
+#[derive(Debug)]
+enum Life {
+    Open,
+    /// A call is under way. Only its caller sees this, unless the call panicked.
+    Busy,
+    /// Nothing is trusted any more, for this reason.
+    Poisoned(String),
+    /// With the numbers at the end.
+    Closed(Stats),
+}
+
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) spec: Spec,
+    pub(super) plan: Plan,
+    pub(super) order: Order,
+    device: Arc<dyn Device>,
+    arena: Arena,
+    schedule: Schedule,
+    executor: Executor,
+    // Dropped after the executor: copies out of page-locked memory have ended then.
+    pins: Pins,
+    trace: Trace,
+    counters: Counters,
+    commands: Vec<Command>,
+    /// For each event slot, the number of the timed use whose times were not read yet.
+    unread: Vec<Option<u64>>,
+    active_timed: Option<u64>,
+    /// The stream of the last *done*.
+    last_compute: ComputeStream,
+    /// The stream on which the running block was entered.
+    entered_on: ComputeStream,
+    moved: Arc<Moved>,
+    moved_before: (u64, u64),
+    staging_bytes: u64,
+    life: Life,
+}
+
+impl Core {
+    /// Page-locks, and makes everything that a plan needs. Nothing of an earlier plan runs any
+    /// more; of its memory, `pins` and `staging` are taken over where they still fit.
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        spec: Spec,
+        plan: Plan,
+        arena: Arena,
+        pins: Option<Pins>,
+        staging: Option<Staging>,
+    ) -> Result<Self> {
+        let pins = pins.unwrap_or_else(|| lock_streamed(device, &spec, &plan));
+        let program = Arc::new(plan.program.clone());
+        let weights = weights_of(device.as_ref(), &spec, &pins);
+        let staging = staging_for(device, &spec, &weights, staging)?;
+        let slots = Schedule::event_slots(&program);
+        device.prepare(slots, staging.as_ref().map_or(0, Staging::count))?;
+        let capacity = Schedule::most_commands(&program);
+        let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
+        let moved = Arc::new(Moved::default());
+        let copy_side = CopySide {
+            device: Arc::clone(device),
+            program: Arc::clone(&program),
+            weights,
+            arena,
+            staging,
+            moved: Arc::clone(&moved),
+        };
+        Ok(Self {
+            device: Arc::clone(device),
+            schedule: Schedule::new(program, spec.options),
+            executor: Executor::new(copy_side, capacity)?,
+            pins,
+            order: Order::new(spec.profile.order.clone()),
+            trace: Trace::new(spec.trace_uses),
+            counters: Counters::default(),
+            commands: Vec::with_capacity(capacity),
+            unread: vec![None; index(slots)],
+            active_timed: None,
+            last_compute: ComputeStream::default(),
+            entered_on: ComputeStream::default(),
+            moved,
+            moved_before: (0, 0),
+            staging_bytes,
+            life: Life::Open,
+            spec,
+            plan,
+            arena,
+        })
+    }
+
+    /// One call: refused where the engine takes none; if it panics, none is taken any more.
+    ///
+    /// # Errors
+    ///
+    /// Why the engine takes no calls, or the error of `act`.
+    pub(super) fn call<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        match &self.life {
+            Life::Open => self.life = Life::Busy,
+            Life::Busy => return Err(Error::Poisoned("a call panicked".into())),
+            Life::Poisoned(reason) => return Err(Error::Poisoned(reason.clone())),
+            Life::Closed(_) => return Err(Error::Misuse("the engine is closed".into())),
+        }
+        let result = act(self);
+        if matches!(self.life, Life::Busy) {
+            self.life = Life::Open;
+        }
+        result
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        matches!(self.life, Life::Closed(_))
+    }
+
+    /// Refuses all later calls for `reason`.
+    fn poison(&mut self, reason: String) {
+        self.schedule.forget();
+        self.life = Life::Poisoned(reason);
+    }
+
+    pub(super) fn enter(&mut self, block: u32, compute: ComputeStream) -> Result<u32> {
+        self.mark_origin(compute)?;
+        let last = self.schedule.last_done();
+        self.commands.clear();
+        let entered = self.schedule.enter(block, &mut self.commands)?;
+        if let Some(number) = entered.number {
+            self.read_times(number);
+            self.active_timed = entered.timed.then_some(number);
+        }
+        self.run(compute, last)?;
+        self.entered_on = compute;
+        self.order.seen(block);
+        self.counters.uses += 1;
+        self.counters.on_demand += u64::from(entered.on_demand);
+        self.counters.mispredicted += u64::from(entered.skipped > 0 || entered.number.is_none());
+        Ok(entered.position)
+    }
+
+    pub(super) fn exit(&mut self, compute: ComputeStream) -> Result<()> {
+        let last = self.schedule.last_done();
+        self.commands.clear();
+        if compute != self.last_compute {
+            // Uses before this one ran on another stream: what comes must wait for those as well.
+            self.commands.extend(last.map(Command::WaitDone));
+        }
+        let slot = self.schedule.exit(&mut self.commands)?;
+        self.last_compute = compute;
+        self.unread[index(slot.0)] = self.active_timed.take();
+        self.run(compute, last)
+    }
+
+    pub(super) fn prefetch(&mut self, compute: ComputeStream) -> Result<()> {
+        if self.schedule.active_block().is_some() {
+            return Ok(()); // `enter` has enqueued all that may come early
+        }
+        self.mark_origin(compute)?;
+        let last = self.schedule.last_done();
+        self.commands.clear();
+        self.schedule.prefetch(&mut self.commands);
+        self.run(compute, last)
+    }
+
+    pub(super) fn reload(&mut self, block: u32) -> Result<()> {
+        if index(block) >= self.plan.program.loads.len() {
+            return Err(Error::Misuse(format!("block {block} is not in the plan")));
+        }
+        self.schedule.reload(block);
+        Ok(())
+    }
+
+    /// Kernels that ran before may still use the memory that became the arena.
+    fn mark_origin(&mut self, compute: ComputeStream) -> Result<()> {
+        if self.schedule.needs_origin() {
+            let marked = self.device.mark_done(self.schedule.origin(), compute);
+            marked.inspect_err(|error| self.failed(error, compute, None))?;
+            self.schedule.marked_origin();
+            self.last_compute = compute;
+        }
+        Ok(())
+    }
+
+    /// Runs the commands; `last` is the last *done* from before they were made.
+    fn run(&mut self, compute: ComputeStream, last: Option<EventSlot>) -> Result<()> {
+        let done = self.executor.run(&self.commands, compute);
+        done.inspect_err(|error| self.failed(error, compute, last))
+    }
+
+    /// What is on the device is not known any more: bring all of it again, or refuse to go on.
+    fn failed(&mut self, error: &Error, compute: ComputeStream, last: Option<EventSlot>) {
+        self.counters.errors += 1;
+        self.active_timed = None;
+        let settled =
+            if error.is_sticky() { Err(error.clone()) } else { self.settle(compute, last) };
+        self.schedule.forget();
+        if let Err(reason) = settled {
+            self.poison(reason.to_string());
+        }
+    }
+
+    /// Blocks until nothing runs any more, on no stream that was ever named, although any of the
+    /// last commands may not have been enqueued.
+    fn settle(&self, compute: ComputeStream, last: Option<EventSlot>) -> Result<()> {
+        self.executor.recover(&self.commands)?;
+        let origin = self.schedule.origin();
+        self.device.mark_done(origin, compute)?;
+        self.device.quiesce(Some(origin))?;
+        self.device.quiesce(last)
+    }
+
+    /// Plans anew for a budget and the order learned so far, and starts over in another arena.
+    pub(super) fn rebuild(&mut self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
+        if let Some(block) = self.schedule.active_block() {
+            return Err(Error::Misuse(format!("the plan cannot change while block {block} runs")));
+        }
+        let mut spec = self.spec.clone();
+        spec.budget_bytes = budget_bytes;
+        spec.profile.order = self.order.best().to_vec();
+        let plan = crate::plan::plan(&spec.profile, budget_bytes)?;
+        let arena = Arena::new(address, bytes, plan.arena_bytes())?;
+        self.stop().inspect_err(|error| self.poison(error.to_string()))?;
+
+        let device = Arc::clone(&self.device);
+        let staging = self.executor.take_staging();
+        let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
+        let pins = (plan.resident == self.plan.resident).then_some(pins);
+        match Self::new(&device, spec, plan, arena, pins, staging) {
+            Ok(next) => {
+                self.order.take();
+                self.counters.rebuilds += 1;
+                self.replace_by(next);
+                Ok(())
+            }
+            Err(error) => {
+                self.counters.errors += 1;
+                let (spec, plan) = (self.spec.clone(), self.plan.clone());
+                match Self::new(&device, spec, plan, self.arena, None, None) {
+                    Ok(old) => self.replace_by(old),
+                    Err(second) => self.poison(second.to_string()),
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Goes on as `next`, which has just been made; what was counted and learned stays.
+    fn replace_by(&mut self, mut next: Self) {
+        next.moved_before = self.moved();
+        next.counters = self.counters;
+        std::mem::swap(&mut next.order, &mut self.order);
+        std::mem::swap(&mut next.life, &mut self.life);
+        *self = next;
+    }
+
+    /// Blocks until nothing of this engine reads or writes on the device any more.
+    fn stop(&mut self) -> Result<()> {
+        let stopped = self.executor.stop();
+        let running = self.schedule.active_block().map_or(Ok(()), |_| {
+            let origin = self.schedule.origin();
+            self.device.mark_done(origin, self.entered_on)?;
+            self.device.quiesce(Some(origin))
+        });
+        let ended = self.device.quiesce(self.schedule.last_done());
+        self.read_all_times();
+        self.unread.fill(None);
+        stopped.and(running).and(ended)
+    }
+
+    /// Ends all work and gives the host memory back. An error that poisoned the engine was told
+    /// already.
+    pub(super) fn close(&mut self) -> Result<()> {
+        let stopped = self.stop();
+        let stats = self.stats();
+        drop(self.executor.take_staging());
+        self.pins = Pins::none(Arc::clone(&self.device));
+        match std::mem::replace(&mut self.life, Life::Closed(stats)) {
+            Life::Poisoned(_) => Ok(()),
+            _ => stopped,
+        }
+    }
+
+    /// Reads the times of the use that ran one cycle before `number`.
+    fn read_times(&mut self, number: u64) {
+        let cycle = u64::from(self.plan.program.cycle);
+        if let Some(before) = number.checked_sub(cycle) {
+            self.take_times(before);
+        }
+    }
+
+    fn take_times(&mut self, number: u64) {
+        let slot = self.schedule.slot_of(number);
+        if self.unread[index(slot.0)] != Some(number) {
+            return;
+        }
+        if let Some(times) = self.device.times(slot) {
+            self.unread[index(slot.0)] = None;
+            let cycle = u64::from(self.plan.program.cycle);
+            let used = &self.plan.program.uses[index(number % cycle)];
+            let bytes = self.plan.program.copies_of(used).iter().map(|copy| copy.bytes).sum();
+            self.trace.push(Record { number, block: used.block, bytes, times });
+        }
+    }
+
+    fn read_all_times(&mut self) {
+        let mut numbers: Vec<u64> = self.unread.iter().flatten().copied().collect();
+        numbers.sort_unstable();
+        for number in numbers {
+            self.take_times(number);
+        }
+    }
+
+    /// The timed uses, oldest first, with those whose marks have passed meanwhile.
+    pub(super) fn records(&mut self) -> Vec<Record> {
+        self.read_all_times();
+        self.trace.records().copied().collect()
+    }
+
+    fn moved(&self) -> (u64, u64) {
+        let (bytes, copies) = self.moved.sums();
+        (bytes + self.moved_before.0, copies + self.moved_before.1)
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        if let Life::Closed(stats) = &self.life {
+            return *stats;
+        }
+        let (bytes, copies) = self.moved();
+        Stats {
+            counters: self.counters,
+            passes: self.order.passes(),
+            bytes,
+            copies,
+            pinned_bytes: self.pins.bytes(),
+            pin_failures: self.pins.failed(),
+            staging_bytes: self.staging_bytes,
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Command in, device call out: the only place where the schedule meets the device.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use super::command::Command;
+use super::stager::Stager;
+use crate::driver::{ComputeStream, Device, Source};
+use crate::error::{Error, Result};
+use crate::plan::{Copy, Program};
+use crate::pool::{Arena, Staging};
+use crate::units::{align_up, index};
+
+/// Where the bytes of one tensor lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weight {
+    /// First byte.
+    pub source: Source,
+    /// Whether the device takes the source as it is; else it is staged.
+    pub direct: bool,
+}
+
+/// Bytes and number of the copies enqueued so far; read without stopping who counts.
+#[derive(Debug, Default)]
+pub(super) struct Moved {
+    bytes: AtomicU64,
+    copies: AtomicU64,
+}
+
+impl Moved {
+    fn add(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.copies.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Bytes and copies.
+    pub(super) fn sums(&self) -> (u64, u64) {
+        (self.bytes.load(Ordering::Relaxed), self.copies.load(Ordering::Relaxed))
+    }
+}
+
+/// The copy stream's half: runs in the calling thread, or in the staging thread.
+#[derive(Debug)]
+pub(super) struct CopySide {
+    pub(super) device: Arc<dyn Device>,
+    pub(super) program: Arc<Program>,
+    pub(super) weights: Vec<Weight>,
+    pub(super) arena: Arena,
+    pub(super) staging: Option<Staging>,
+    pub(super) moved: Arc<Moved>,
+}
+
+impl CopySide {
+    pub(super) fn run(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::Copy { index: number } => self.copy(self.program.copies[index(number)]),
+            Command::Load { block } => {
+                let program = Arc::clone(&self.program);
+                program.loads[index(block)].iter().try_for_each(|&copy| self.copy(copy))
+            }
+            Command::WaitDone(slot) => self.device.wait_done(slot),
+            Command::CopyStart(slot) => self.device.mark_copy_start(slot),
+            Command::Ready { slot, .. } => self.device.mark_ready(slot),
+            Command::Poison { position } => self.poison(position),
+            Command::Cancel | Command::Acquire { .. } | Command::Release(_) => Ok(()),
+        }
+    }
+
+    fn copy(&mut self, copy: Copy) -> Result<()> {
+        let weight = self.weights[index(copy.tensor)];
+        let source = weight.source.advanced(copy.source_offset);
+        let target = self.arena.at(copy.target_offset, copy.bytes);
+        self.moved.add(copy.bytes);
+        match &mut self.staging {
+            Some(staging) if !weight.direct => staging.copy(source, target, copy.bytes),
+            _ => self.device.copy(source, target, copy.bytes),
+        }
+    }
+
+    fn poison(&self, position: u32) -> Result<()> {
+        let used = &self.program.uses[index(position)];
+        for copy in self.program.copies_of(used) {
+            let bytes = align_up(copy.bytes);
+            self.device.fill(self.arena.at(copy.target_offset, bytes), bytes, 0xFF)?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs commands; hands the copy side to the staging thread while that has work.
+#[derive(Debug)]
+pub(super) struct Executor {
+    device: Arc<dyn Device>,
+    copy_side: Arc<Mutex<CopySide>>,
+    stager: Option<Stager>,
+    staged_copies: Vec<bool>,
+    staged_loads: Vec<bool>,
+}
+
+impl Executor {
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when the system refuses the staging thread.
+    pub(super) fn new(copy_side: CopySide, capacity: usize) -> Result<Self> {
+        let staged = |copy: &Copy| !copy_side.weights[index(copy.tensor)].direct;
+        let program = &copy_side.program;
+        let staged_copies: Vec<bool> = program.copies.iter().map(staged).collect();
+        let staged_loads: Vec<bool> =
+            program.loads.iter().map(|loads| loads.iter().any(staged)).collect();
+        let any = staged_copies.iter().chain(&staged_loads).any(|&s| s);
+        if any && copy_side.staging.is_none() {
+            return Err(Error::Internal("weights to stage, but no staging chunks".into()));
+        }
+        let device = Arc::clone(&copy_side.device);
+        let copy_side = Arc::new(Mutex::new(copy_side));
+        let stager =
+            if any { Some(Stager::start(Arc::clone(&copy_side), capacity)?) } else { None };
+        Ok(Self { device, copy_side, stager, staged_copies, staged_loads })
+    }
+
+    fn needs_staging(&self, command: Command) -> bool {
+        match command {
+            Command::Copy { index: number } => self.staged_copies[index(number)],
+            Command::Load { block } => self.staged_loads[index(block)],
+            _ => false,
+        }
+    }
+
+    /// Runs `commands` in order. Blocks only in an acquire whose copies the staging thread has
+    /// not enqueued yet (and, on the host device, until they have arrived).
+    ///
+    /// # Errors
+    ///
+    /// The first error; what follows it was not run.
+    pub(super) fn run(&self, commands: &[Command], compute: ComputeStream) -> Result<()> {
+        let queue = self.stager.as_ref().filter(|stager| {
+            commands.iter().any(|&command| self.needs_staging(command)) || !stager.is_idle()
+        });
+        for &command in commands {
+            match command {
+                Command::Acquire { slot, ticket, timed } => {
+                    if let Some(stager) = &self.stager {
+                        stager.wait_issued(ticket)?;
+                    }
+                    self.device.wait_ready(slot, compute, timed)?;
+                }
+                Command::Release(slot) => self.device.mark_done(slot, compute)?,
+                Command::Cancel => queue.iter().for_each(|stager| stager.cancel()),
+                copy_side => match queue {
+                    Some(stager) => stager.push(copy_side),
+                    None => self.run_here(copy_side)?,
+                },
+            }
+        }
+        self.device.flush();
+        Ok(())
+    }
+
+    /// Runs a command of the copy side in the calling thread; the staging thread is idle.
+    fn run_here(&self, command: Command) -> Result<()> {
+        self.copy_side.lock().run(command)?;
+        if let (Some(stager), Command::Ready { ticket, .. }) = (&self.stager, command) {
+            stager.note_issued(ticket);
+        }
+        Ok(())
+    }
+
+    /// After an error in `commands`: drops the copies that are not enqueued yet, and makes the
+    /// copy stream wait for everything that it should have waited for.
+    ///
+    /// # Errors
+    ///
+    /// The device's error; then nothing is known of what still runs.
+    pub(super) fn recover(&self, commands: &[Command]) -> Result<()> {
+        let queued = self.stager.as_ref().map_or_else(Vec::new, Stager::reset);
+        let is_wait = |command: &&Command| matches!(command, Command::WaitDone(_));
+        let mut waits = queued.iter().chain(commands).filter(is_wait);
+        waits.try_for_each(|&wait| self.copy_side.lock().run(wait))
+    }
+
+    /// Ends the staging thread; otherwise as [`Executor::recover`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Executor::recover`].
+    pub(super) fn stop(&mut self) -> Result<()> {
+        let recovered = self.recover(&[]);
+        self.stager = None;
+        recovered
+    }
+
+    /// Takes the staging chunks, of an executor that has stopped.
+    pub(super) fn take_staging(&self) -> Option<Staging> {
+        self.copy_side.lock().staging.take()
+    }
+}

@@ -1,0 +1,234 @@
+//! What runs every block: enter, exit, and the state between them.
+
+mod command;
+mod core;
+mod executor;
+mod feed;
+mod order;
+mod schedule;
+mod stager;
+mod trace;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+
+pub use command::Command;
+pub use executor::Weight;
+pub use order::Order;
+pub use schedule::{Entered, Options, Schedule};
+pub use trace::{Counters, Record, Trace};
+
+use self::core::Core;
+use crate::driver::{ComputeStream, Device, Source};
+use crate::error::{Error, Result};
+use crate::plan::{Plan, Profile, plan};
+use crate::pool::Arena;
+
+/// What an engine is made with.
+#[derive(Debug, Clone, Default)]
+pub struct Spec {
+    /// Sizes, blocks, and the order to begin with.
+    pub profile: Profile,
+    /// Where each tensor of the profile lies.
+    pub sources: Vec<Source>,
+    /// Device bytes for block weights.
+    pub budget_bytes: u64,
+    /// Most host bytes to page-lock in place.
+    pub pinned_bytes: u64,
+    /// Page-locked bytes for staging, when something needs it.
+    pub staging_bytes: u64,
+    /// Uses that the trace keeps.
+    pub trace_uses: usize,
+    /// See [`Options`].
+    pub options: Options,
+}
+
+/// One model's engine on one device. Shared between threads; one block runs at a time.
+#[derive(Debug)]
+pub struct Engine {
+    core: Mutex<Core>,
+    wants_rebuild: AtomicBool,
+}
+
+/// Numbers for a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    /// Counts of events.
+    pub counters: Counters,
+    /// Passes that ended.
+    pub passes: u64,
+    /// Bytes copied to the device.
+    pub bytes: u64,
+    /// Number of copies.
+    pub copies: u64,
+    /// Host bytes page-locked in place.
+    pub pinned_bytes: u64,
+    /// Page-locks that were refused.
+    pub pin_failures: u64,
+    /// Page-locked bytes of the staging chunks.
+    pub staging_bytes: u64,
+}
+
+impl Engine {
+    /// Plans for the budget, page-locks, and prepares `device`; copies nothing yet.
+    ///
+    /// The arena is device memory of at least the plan's size, kept alive by the caller.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`plan`], of the device, and of a source that does not match the profile.
+    pub fn new(
+        device: Arc<dyn Device>,
+        spec: Spec,
+        arena_address: u64,
+        arena_bytes: u64,
+    ) -> Result<Self> {
+        if spec.sources.len() != spec.profile.tensors.len() {
+            return Err(Error::Invalid(format!(
+                "{} tensors need as many sources, got {}",
+                spec.profile.tensors.len(),
+                spec.sources.len()
+            )));
+        }
+        let plan = plan(&spec.profile, spec.budget_bytes)?;
+        let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes())?;
+        let core = Core::new(&device, spec, plan, arena, None, None)?;
+        Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
+    }
+
+    /// Plans anew, for another budget and for the order learned so far, and starts over in a
+    /// new arena. Blocks until all work of this engine on the device has ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::new`]; the engine goes on with its old plan in its old arena then. If the
+    /// device refuses that as well, the engine is poisoned.
+    pub fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
+        self.core.lock().call(|core| {
+            core.rebuild(budget_bytes, address, bytes)?;
+            self.wants_rebuild.store(core.order.has_learned(), Ordering::Release);
+            Ok(())
+        })
+    }
+
+    /// What [`Engine::rebuild`] would plan for `budget_bytes`, with the order learned so far.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`plan`].
+    pub fn plan_for(&self, budget_bytes: u64) -> Result<Plan> {
+        let core = self.core.lock();
+        let profile = Profile { order: core.order.best().to_vec(), ..core.spec.profile.clone() };
+        plan(&profile, budget_bytes)
+    }
+
+    /// Whether the order of use turned out to be another one than planned for.
+    pub fn wants_rebuild(&self) -> bool {
+        self.wants_rebuild.load(Ordering::Acquire)
+    }
+
+    /// `block` begins on `compute`. After this returns, kernels enqueued on `compute` find its
+    /// weights at the offsets of the returned position.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Poisoned`] after a lost device, [`Error::Misuse`] out of turn, or the error of
+    /// the copies; the block has not begun then.
+    pub fn enter(&self, block: u32, compute: ComputeStream) -> Result<u32> {
+        self.core.lock().call(|core| {
+            let entered = core.enter(block, compute);
+            if core.order.has_learned() {
+                self.wants_rebuild.store(true, Ordering::Release);
+            }
+            entered
+        })
+    }
+
+    /// The running block has ended on `compute`, by itself or by an exception: all that it
+    /// enqueued elsewhere, `compute` waits for. Does nothing after [`Engine::close`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Misuse`] when none runs, or the device's error; no block runs any more then.
+    pub fn exit(&self, compute: ComputeStream) -> Result<()> {
+        let mut core = self.core.lock();
+        if core.is_closed() { Ok(()) } else { core.call(|core| core.exit(compute)) }
+    }
+
+    /// A pass of the whole model begins.
+    pub fn begin_pass(&self) {
+        self.core.lock().order.begin();
+    }
+
+    /// A pass of the whole model has ended.
+    pub fn end_pass(&self) {
+        let mut core = self.core.lock();
+        core.order.end();
+        self.wants_rebuild.store(core.order.has_learned(), Ordering::Release);
+    }
+
+    /// The host weights of `block` were changed in place: what the device has of them is old.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Misuse`] for an unknown block.
+    pub fn reload(&self, block: u32) -> Result<()> {
+        self.core.lock().call(|core| core.reload(block))
+    }
+
+    /// Starts the copies of the first uses before the first block is entered. Does nothing while
+    /// a block runs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Engine::enter`].
+    pub fn prefetch(&self, compute: ComputeStream) -> Result<()> {
+        self.core.lock().call(|core| core.prefetch(compute))
+    }
+
+    /// Arena offset of every tensor at every position of the program, position by position.
+    pub fn layout(&self) -> Vec<(u32, Vec<u64>)> {
+        let core = self.core.lock();
+        core.plan.program.uses.iter().map(|u| (u.block, u.offsets.clone())).collect()
+    }
+
+    /// The order of use that the plan in force was made for.
+    pub fn order(&self) -> Vec<u32> {
+        self.core.lock().spec.profile.order.clone()
+    }
+
+    /// The plan in force.
+    pub fn plan(&self) -> Plan {
+        self.core.lock().plan.clone()
+    }
+
+    /// Counts so far.
+    pub fn stats(&self) -> Stats {
+        self.core.lock().stats()
+    }
+
+    /// The timed uses, oldest first, with those whose marks have passed meanwhile.
+    pub fn records(&self) -> Vec<Record> {
+        self.core.lock().records()
+    }
+
+    /// Ends all work on the device and gives host memory back. Blocks. Later calls are refused; a
+    /// second one does nothing.
+    ///
+    /// # Errors
+    ///
+    /// The device's error; the engine is closed all the same.
+    pub fn close(&self) -> Result<()> {
+        let mut core = self.core.lock();
+        if core.is_closed() { Ok(()) } else { core.close() }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // An error here has no one to go to; the device is released either way.
+        let _ = self.close();
+    }
+}

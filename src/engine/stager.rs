@@ -1,0 +1,173 @@
+//! The staging thread: enqueues copies whose source has to be read into a chunk first.
+//!
+//! While it has work, every command of the copy stream goes through it, in order. After an error
+//! it runs nothing more until [`Stager::reset`]: what follows may depend on what failed.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::command::Command;
+use super::executor::CopySide;
+use crate::error::{Error, Result};
+
+#[derive(Debug)]
+struct State {
+    queue: VecDeque<Command>,
+    busy: bool,
+    stop: bool,
+    /// The last *ready* that is enqueued on the copy stream.
+    issued_ticket: u64,
+    /// The first error since the last reset; no later ticket is ever issued.
+    error: Option<Error>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    ran: Condvar,
+}
+
+/// The thread and its queue.
+#[derive(Debug)]
+pub(super) struct Stager {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Stager {
+    pub(super) fn start(copy_side: Arc<Mutex<CopySide>>, capacity: usize) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                queue: VecDeque::with_capacity(capacity * 2),
+                busy: false,
+                stop: false,
+                issued_ticket: 0,
+                error: None,
+            }),
+            work: Condvar::new(),
+            ran: Condvar::new(),
+        });
+        let thread = {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name("dgls-staging".into())
+                .spawn(move || shared.run(&copy_side))
+                .map_err(|e| Error::Invalid(format!("the staging thread did not start: {e}")))?
+        };
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    pub(super) fn push(&self, command: Command) {
+        self.shared.state.lock().queue.push_back(command);
+        self.shared.work.notify_one();
+    }
+
+    /// Whether everything that was pushed has run, so that the calling thread may use the copy
+    /// stream itself.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.queue.is_empty() && !state.busy && state.error.is_none()
+    }
+
+    /// The calling thread has enqueued a *ready* itself, while this one was idle.
+    pub(super) fn note_issued(&self, ticket: u64) {
+        self.shared.state.lock().issued_ticket = ticket;
+    }
+
+    /// Blocks until the *ready* with this ticket is enqueued: a wait for it would be a no-op
+    /// before.
+    pub(super) fn wait_issued(&self, ticket: u64) -> Result<()> {
+        let mut state = self.shared.state.lock();
+        while state.issued_ticket < ticket {
+            if let Some(error) = &state.error {
+                return Err(error.clone());
+            }
+            if state.queue.is_empty() && !state.busy {
+                return Err(Error::Internal(format!("copies {ticket} were never asked for")));
+            }
+            self.shared.ran.wait(&mut state);
+        }
+        Ok(())
+    }
+
+    /// Drops the copies of uses that will not come. Loads stay, since residents are needed
+    /// whatever comes; waits stay, since they order what comes later.
+    pub(super) fn cancel(&self) {
+        let keep =
+            |command: &Command| matches!(command, Command::WaitDone(_) | Command::Load { .. });
+        self.shared.state.lock().queue.retain(keep);
+    }
+
+    /// Drops everything, the error as well, and gives back the waits that were not enqueued.
+    /// Blocks until the command under way has ended.
+    pub(super) fn reset(&self) -> Vec<Command> {
+        let is_wait = |command: &Command| matches!(command, Command::WaitDone(_));
+        let mut state = self.shared.state.lock();
+        let mut waits: Vec<Command> = state.queue.drain(..).filter(is_wait).collect();
+        while state.busy {
+            self.shared.ran.wait(&mut state);
+        }
+        // The command under way may have been a wait that failed.
+        waits.extend(state.queue.drain(..).filter(is_wait));
+        state.error = None;
+        waits
+    }
+}
+
+impl Drop for Stager {
+    fn drop(&mut self) {
+        self.shared.state.lock().stop = true;
+        self.shared.work.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked: its commands run inside a fence.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, copy_side: &Mutex<CopySide>) {
+        while let Some(command) = self.next() {
+            let run = || copy_side.lock().run(command);
+            let done = catch_unwind(AssertUnwindSafe(run))
+                .unwrap_or_else(|_| Err(Error::Internal("the staging thread panicked".into())));
+            self.note(command, done);
+        }
+    }
+
+    /// Blocks until there is a command to run; `None` when the thread has to end.
+    fn next(&self) -> Option<Command> {
+        let mut state = self.state.lock();
+        loop {
+            if state.stop {
+                return None;
+            }
+            if state.error.is_none() {
+                if let Some(command) = state.queue.pop_front() {
+                    state.busy = true;
+                    return Some(command);
+                }
+            }
+            self.work.wait(&mut state);
+        }
+    }
+
+    fn note(&self, command: Command, done: Result<()>) {
+        let mut state = self.state.lock();
+        state.busy = false;
+        match (done, command) {
+            (Ok(()), Command::Ready { ticket, .. }) => state.issued_ticket = ticket,
+            (Ok(()), _) => {}
+            (Err(error), command) => {
+                state.queue.push_front(command);
+                state.error = Some(error);
+            }
+        }
+        self.ran.notify_all();
+    }
+}

@@ -1,0 +1,9 @@
+//! Fixed memory, made once: the arena on the device, page-locks and staging chunks on the host.
+
+mod arena;
+mod pins;
+mod staging;
+
+pub use arena::Arena;
+pub use pins::{Pins, Span};
+pub use staging::Staging;

@@ -1,0 +1,124 @@
+//! Host weights that are page-locked in place, at their exact size, within a budget.
+
+use std::sync::Arc;
+
+use crate::driver::Device;
+
+/// A range of host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First byte.
+    pub address: u64,
+    /// Size.
+    pub bytes: u64,
+}
+
+/// The page-locked ranges of one engine; unlocked on drop.
+///
+/// Tensors often share a page with their neighbour, and a page can be locked once only, so spans
+/// that touch are locked as one.
+#[derive(Debug)]
+pub struct Pins {
+    device: Arc<dyn Device>,
+    locked: Vec<Span>,
+    failed: u64,
+}
+
+impl Pins {
+    /// Nothing is page-locked.
+    pub fn none(device: Arc<dyn Device>) -> Self {
+        Self { device, locked: Vec::new(), failed: 0 }
+    }
+
+    /// Locks `spans`, in their order of worth, until `budget_bytes` of whole pages are spent.
+    ///
+    /// Never fails: what cannot be locked goes through staging, and is counted. After the first
+    /// refusal nothing more is tried: the next one would fail too, and each costs time.
+    pub fn lock(device: Arc<dyn Device>, spans: &[Span], budget_bytes: u64, page: u64) -> Self {
+        let mut pins = Self::none(device);
+        let mut left = budget_bytes;
+        for range in merge(spans, budget_bytes, page) {
+            if range.bytes > left {
+                continue;
+            }
+            if pins.device.page_lock(range.address, range.bytes).is_err() {
+                pins.failed += 1;
+                break;
+            }
+            left -= range.bytes;
+            pins.locked.push(range);
+        }
+        pins.locked.sort_by_key(|range| range.address);
+        pins
+    }
+
+    /// Whether a whole span is page-locked.
+    pub fn covers(&self, span: Span) -> bool {
+        let next = self.locked.partition_point(|range| range.address <= span.address);
+        next > 0 && {
+            let range = self.locked[next - 1];
+            span.address + span.bytes <= range.address + range.bytes
+        }
+    }
+
+    /// Page-locked bytes, in whole pages.
+    pub fn bytes(&self) -> u64 {
+        self.locked.iter().map(|range| range.bytes).sum()
+    }
+
+    /// How many requests the system refused.
+    pub fn failed(&self) -> u64 {
+        self.failed
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        for range in &self.locked {
+            self.device.page_unlock(range.address, range.bytes);
+        }
+    }
+}
+
+/// Rounds the spans that fit the budget out to pages and joins those that touch, by address.
+fn merge(spans: &[Span], budget_bytes: u64, page: u64) -> Vec<Span> {
+    let mut taken = Vec::new();
+    let mut left = budget_bytes;
+    for span in spans.iter().filter(|span| span.bytes > 0) {
+        let start = span.address / page * page;
+        let Some(end) = (span.address + span.bytes).checked_next_multiple_of(page) else {
+            continue;
+        };
+        if end - start <= left {
+            left -= end - start;
+            taken.push((start, end));
+        }
+    }
+    taken.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (start, end) in taken {
+        match merged.last_mut() {
+            Some(last) if start <= last.1 => last.1 = last.1.max(end),
+            _ => merged.push((start, end)),
+        }
+    }
+    merged.into_iter().map(|(start, end)| Span { address: start, bytes: end - start }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_in_one_page_are_locked_as_one() {
+        let spans = [Span { address: 4000, bytes: 200 }, Span { address: 4200, bytes: 100 }];
+        assert_eq!(merge(&spans, 1 << 20, 4096), [Span { address: 0, bytes: 8192 }]);
+    }
+
+    #[test]
+    fn the_budget_counts_whole_pages() {
+        let spans = [Span { address: 0, bytes: 4096 }, Span { address: 40_960, bytes: 1 }];
+        assert_eq!(merge(&spans, 8191, 4096), [Span { address: 0, bytes: 4096 }]);
+        assert_eq!(merge(&spans, 8192, 4096).len(), 2);
+    }
+}

@@ -1,0 +1,41 @@
+//! Sizes and alignment that every folder agrees on.
+
+/// Every tensor in the arena starts at a multiple of this many bytes: what kernels with vector
+/// loads and the allocator of torch itself assume.
+pub const ALIGN_BYTES: u64 = 256;
+
+/// Rounds up to [`ALIGN_BYTES`]; saturates at the end of the range.
+pub fn align_up(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(ALIGN_BYTES).unwrap_or(u64::MAX)
+}
+
+/// A number that indexes memory; every index of ours was checked against a `Vec` before.
+///
+/// # Panics
+///
+/// On a target whose addresses are shorter than the number.
+pub(crate) fn index(number: impl TryInto<usize>) -> usize {
+    number.try_into().ok().expect("an index fits the address space")
+}
+
+/// A count as the 32 bit number that crosses the bridge.
+///
+/// # Panics
+///
+/// If there are more than 2^32 - 1 things; `Program` refuses such a model first.
+pub(crate) fn narrow(count: usize) -> u32 {
+    u32::try_from(count).expect("a count of blocks, tensors or copies fits 32 bits")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alignment_rounds_up_and_never_wraps() {
+        assert_eq!(align_up(0), 0);
+        assert_eq!(align_up(1), 256);
+        assert_eq!(align_up(256), 256);
+        assert_eq!(align_up(u64::MAX), u64::MAX);
+    }
+}
