@@ -1,0 +1,235 @@
+// The hooks as METH_FASTCALL builtins bound to a capsule, and the functions that make them.
+#include "hooks.h"
+
+#include "block.h"
+
+namespace dgls {
+namespace {
+
+constexpr const char* kCapsule = "dgls_torch.block";
+
+Block* block_of(PyObject* capsule) {
+  return static_cast<Block*>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+void free_block(PyObject* capsule) {
+  delete block_of(capsule);
+}
+
+// Runs `body` without the GIL; a C++ exception becomes RuntimeError.
+template <typename Body>
+bool without_gil(Body body) {
+  std::string message;
+  bool ok = true;
+  PyThreadState* thread = PyEval_SaveThread();
+  try {
+    body();
+  } catch (const std::exception& error) {
+    message = error.what();
+    ok = false;
+  }
+  PyEval_RestoreThread(thread);
+  if (!ok) PyErr_SetString(PyExc_RuntimeError, message.c_str());
+  return ok;
+}
+
+// Another use never ended: an exception such as KeyboardInterrupt left its block, or blocks run
+// inside each other. Either way its masters are bound again.
+bool take_back_active(State& state) {
+  return state.active == nullptr || state.active->take_back();
+}
+
+bool rebuild_if_wanted(Block& block) {
+  if (!block.state->engine->wants_rebuild()) return true;
+  PyObject* done = PyObject_CallNoArgs(block.on_rebuild.get());
+  Py_XDECREF(done);
+  return done != nullptr;
+}
+
+PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  Block* block = block_of(capsule);
+  if (block == nullptr) return nullptr;
+  if (count < 1 || !block->is_open || !block->is_for(args[0])) Py_RETURN_NONE;
+  State& state = *block->state;
+  block->is_stolen = false;
+  if (!take_back_active(state) || !block->allows_grad_mode() || !rebuild_if_wanted(*block)) {
+    return nullptr;
+  }
+  uint32_t position = 0;
+  const bool entered = without_gil([&] {
+    block->stream = current_stream(state.stream_device);
+    position = state.engine->enter(block->index, block->stream);
+  });
+  if (!entered) {
+    return nullptr;
+  }
+  if (!block->bind(position)) {
+    try {
+      state.engine->exit(block->stream);
+    } catch (const std::exception&) {
+      // The exception of the binding is the one to tell.
+    }
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+// What backward saved of these tensors is about to be overwritten: make torch say so, not use it.
+bool invalidate_saved(const Block& block) {
+  for (const Target& target : block.targets) {
+    if (target.is_dict) continue;
+    PyObject* done =
+        PyObject_CallFunctionObjArgs(block.increment_version.get(), target.object.get(), nullptr);
+    if (done == nullptr) return false;
+    Py_DECREF(done);
+  }
+  return true;
+}
+
+PyObject* after_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  Block* block = block_of(capsule);
+  if (block == nullptr) return nullptr;
+  if (count < 1 || !block->is_for(args[0])) Py_RETURN_NONE;
+  if (!block->is_bound) {
+    if (!block->is_stolen) Py_RETURN_NONE;  // it never began: the pre-hook has said why
+    block->is_stolen = false;
+    return PyErr_Format(PyExc_RuntimeError,
+                        "dgls: block '%s' was still running when another block began or the "
+                        "engine was closed; blocks cannot run inside each other or in two threads "
+                        "at once: exclude one of them",
+                        block->name.c_str());
+  }
+  const bool versions_ok = !block->had_grad_mode || invalidate_saved(*block);
+  const bool unbound = block->unbind();
+  State& state = *block->state;
+  const bool exited = without_gil([&] {
+    block->stream = current_stream(state.stream_device);
+    state.engine->exit(block->stream);
+  });
+  if (!versions_ok || !unbound || !exited) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef kBefore = {"dgls_before_forward",
+                       reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(before_forward)),
+                       METH_FASTCALL, "Binds the block's tensors to the arena."};
+PyMethodDef kAfter = {"dgls_after_forward",
+                      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(after_forward)),
+                      METH_FASTCALL, "Binds the block's masters."};
+
+bool read_targets(PyObject* list, std::vector<Target>& targets) {
+  const Py_ssize_t count = PyList_Size(list);
+  if (count < 0) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject *object = nullptr, *key = nullptr, *master = nullptr;
+    if (!PyArg_ParseTuple(PyList_GetItem(list, i), "OOO", &object, &key, &master)) return false;
+    targets.push_back(Target{Ref(object), Ref(key), key != Py_None, Ref(master)});
+  }
+  return true;
+}
+
+PyObject* make_hooks(PyObject*, PyObject* args) {
+  long long engine = 0;
+  unsigned index = 0;
+  const char* name = nullptr;
+  PyObject *module = nullptr, *targets = nullptr, *on_rebuild = nullptr, *increment = nullptr;
+  if (!PyArg_ParseTuple(args, "LIsOOOO", &engine, &index, &name, &module, &targets, &on_rebuild,
+                        &increment)) {
+    return nullptr;
+  }
+  std::unique_ptr<Block> block;
+  try {
+    block = std::make_unique<Block>();
+    block->state = find_state(engine);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  block->index = index;
+  block->name = name;
+  block->on_rebuild = Ref(on_rebuild);
+  block->increment_version = Ref(increment);
+  PyObject* weak = PyWeakref_NewRef(module, nullptr);
+  if (weak == nullptr) return nullptr;
+  block->module = Ref(weak);
+  Py_DECREF(weak);
+  if (!read_targets(targets, block->targets)) return nullptr;
+  PyObject* capsule = PyCapsule_New(block.get(), kCapsule, free_block);
+  if (capsule == nullptr) return nullptr;
+  block.release();
+  PyObject* before = PyCFunction_New(&kBefore, capsule);
+  PyObject* after = PyCFunction_New(&kAfter, capsule);
+  return Py_BuildValue("NNN", before, after, capsule);
+}
+
+PyObject* set_views(PyObject*, PyObject* args) {
+  PyObject *capsule = nullptr, *positions = nullptr;
+  if (!PyArg_ParseTuple(args, "OO", &capsule, &positions)) return nullptr;
+  Block* block = block_of(capsule);
+  if (block == nullptr) return nullptr;
+  std::vector<std::vector<Ref>> views;
+  const Py_ssize_t count = PyList_Size(positions);
+  if (count < 0) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* list = PyList_GetItem(positions, i);
+    views.emplace_back();
+    if (list == Py_None) continue;
+    const Py_ssize_t size = PyList_Size(list);
+    if (size < 0) return nullptr;
+    for (Py_ssize_t j = 0; j < size; ++j) views.back().push_back(Ref(PyList_GetItem(list, j)));
+  }
+  block->views.swap(views);
+  Py_RETURN_NONE;
+}
+
+// The block's masters are bound for good; its hooks do nothing from now on.
+PyObject* unhook(PyObject*, PyObject* capsule) {
+  Block* block = block_of(capsule);
+  if (block == nullptr) return nullptr;
+  block->is_open = false;
+  const bool ok = block->take_back();
+  std::vector<std::vector<Ref>>().swap(block->views);
+  if (!ok) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* take_back(PyObject*, PyObject* number) {
+  const long long engine = PyLong_AsLongLong(number);
+  if (engine == -1 && PyErr_Occurred()) return nullptr;
+  try {
+    if (!take_back_active(*find_state(engine))) return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef kMethods[] = {
+    {"make_hooks", make_hooks, METH_VARARGS,
+     "make_hooks(engine, block, name, module, targets, on_rebuild, increment_version) -> "
+     "(before, after, capsule). A target is (parameter, None, master) or (dict, key, master)."},
+    {"set_views", set_views, METH_VARARGS,
+     "set_views(capsule, views): one list of tensors, or None, for each position."},
+    {"unhook", unhook, METH_O, "unhook(capsule): masters are bound, the hooks do nothing."},
+    {"take_back", take_back, METH_O,
+     "take_back(engine): ends a use that an exception left unfinished."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
+                       "_C",
+                       "Hooks of dgls_torch.",
+                       -1,
+                       kMethods,
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       nullptr};
+
+}  // namespace
+
+PyObject* make_module() {
+  return PyModule_Create(&kModule);
+}
+
+}  // namespace dgls

@@ -1,0 +1,43 @@
+// The bodies of torch.ops.dgls.*: check the tensors, turn them into addresses, one call to Rust.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "stable.h"
+
+namespace dgls {
+
+using Ints = std::vector<int64_t>;
+
+std::tuple<Ints, Ints> op_plan(Ints tensor_bytes, Ints tensor_block, Ints order,
+                               int64_t budget_bytes, int64_t min_stream_bytes);
+
+int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, Ints file_offset,
+                  Ints file_bytes, std::vector<std::string> files, Ints tensor_block, Ints order,
+                  int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
+                  int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
+                  std::string driver, int64_t faults);
+
+std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
+void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes);
+Ints op_layout(int64_t engine);
+Ints op_order(int64_t engine);
+void op_prefetch(int64_t engine);
+int64_t op_wait(Tensor x, int64_t engine, int64_t block);
+void op_release(Tensor x, int64_t engine, int64_t block);
+void op_begin_pass(int64_t engine);
+void op_end_pass(int64_t engine);
+bool op_wants_rebuild(int64_t engine);
+void op_reload(int64_t engine, int64_t block);
+Ints op_stats(int64_t engine);
+Ints op_trace(int64_t engine);
+void op_destroy(int64_t engine);
+int64_t op_driver_version();
+double op_measure_copy(int64_t device, int64_t bytes, int64_t repeats, bool page_locked);
+int64_t op_measure_page_lock(int64_t device, int64_t max_bytes);
+int64_t op_current_stream(int64_t device);
+void op_panic();
+
+}  // namespace dgls

@@ -1,0 +1,45 @@
+// An engine with the tensors whose memory it uses, and the table of engines by number.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "dgls/src/bridge.rs.h"
+#include "rust/cxx.h"
+#include "stable.h"
+
+namespace dgls {
+
+struct Block;
+
+// Members are destroyed from the last to the first: the engine ends its work on the device before
+// the tensors that it reads and writes are given back.
+struct State {
+  State(Tensor arena_tensor, std::vector<Tensor> weight_tensors, int32_t device,
+        rust::Box<Handle> handle)
+      : arena(std::move(arena_tensor)),
+        weights(std::move(weight_tensors)),
+        stream_device(device),
+        engine(std::move(handle)) {}
+
+  Tensor arena;
+  std::vector<Tensor> weights;
+  // Device whose current stream torch is asked for; -1: the CPU computes.
+  int32_t stream_device;
+  // The hook whose tensors are bound to the arena now; guarded by the GIL.
+  Block* active = nullptr;
+  rust::Box<Handle> engine;
+};
+
+// Makes an engine known under a new number.
+int64_t add_state(std::shared_ptr<State> state);
+
+// The engine with this number; throws std::runtime_error if there is none.
+std::shared_ptr<State> find_state(int64_t number);
+
+// Forgets the number and closes the engine; does nothing for an unknown one.
+void drop_state(int64_t number);
+
+}  // namespace dgls
