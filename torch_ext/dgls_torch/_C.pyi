@@ -1,0 +1,23 @@
+"""Types of the extension module; see csrc/hooks.cpp."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Capsule = Any
+Hook = Callable[..., None]
+
+def make_hooks(
+    engine: int,
+    block: int,
+    name: str,
+    module: nn.Module,
+    targets: list[tuple[object, str | None, torch.Tensor]],
+    on_rebuild: Callable[[], None],
+    increment_version: Callable[[torch.Tensor], None],
+) -> tuple[Hook, Hook, Capsule]: ...
+def set_views(capsule: Capsule, views: list[list[torch.Tensor] | None]) -> None: ...
+def unhook(capsule: Capsule) -> None: ...
+def take_back(engine: int) -> None: ...

@@ -1,0 +1,1 @@
+"""The demonstration: two diffusion transformers of real shape, streamed and checked bit for bit."""

@@ -1,0 +1,141 @@
+"""A model taken apart: its blocks, their weights as bytes, and all else, moved to the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dgls_torch.blocks import check_disjoint, chosen_blocks, compute_device, find_blocks
+from dgls_torch.files import SafetensorsSource
+from dgls_torch.memory import auto_vram_bytes
+from dgls_torch.placement import Placement, outside_bytes
+from dgls_torch.units import format_bytes
+from dgls_torch.weights import Weight, block_weights, parameters_of
+
+if TYPE_CHECKING:
+    from dgls_torch.config import StreamConfig
+    from dgls_torch.native import Engine
+
+_ALIGN = 256
+
+
+class Layout:
+    """Which bytes of a model go where. Holds no module, so that it keeps no model alive."""
+
+    def __init__(self, model: nn.Module, config: StreamConfig) -> None:
+        """Finds the blocks, checks the budget, and moves what is not streamed to the device.
+
+        Raises:
+            ValueError: As `dgls_torch.stream`; nothing has been moved then.
+        """
+        self.device = compute_device(None if config.device is None else str(config.device))
+        self.source = None if config.source_path is None else SafetensorsSource(config.source_path)
+        blocks = (
+            find_blocks(model) if config.blocks is None else chosen_blocks(model, config.blocks)
+        )
+        blocks = [(name, block) for name, block in blocks if not config.excludes(name)]
+        if not blocks:
+            raise ValueError("exclude leaves no block to stream")
+        check_disjoint(blocks)
+
+        self.names = [name for name, _ in blocks]
+        inside = {id(m) for _, block in blocks for m in block.modules()}
+        outside = [(n, m) for n, m in model.named_modules() if id(m) not in inside]
+        kept = {id(p) for _, _, _, p in parameters_of(outside)}
+        self.weights: list[list[Weight]] = []
+        held: set[int] = set()
+        for name, block in blocks:
+            moved, stays = block_weights(name, block, kept, self.source)
+            self.weights.append(moved)
+            held |= {id(param) for param in stays}
+        self.modules = [_weak(block) for _, block in blocks]
+
+        everything = list(model.named_modules())
+        buffers = [module for _, module in everything]
+        self.outside_bytes = outside_bytes(outside, buffers) + _bytes_of(everything, held - kept)
+        self.vram_bytes = self.budget(config, None)
+        self._check_budget()
+
+        self._placement = Placement(self.device, self.source)
+        try:
+            self._placement.place_parameters(outside)
+            self._placement.place_parameters(everything, held)
+            self._placement.place_buffers(everything)
+        except BaseException:
+            self._placement.restore()
+            raise
+
+    def budget(self, config: StreamConfig, engine: Engine | None) -> int:
+        """The device bytes for all weights that a configuration allows now."""
+        if config.vram_bytes is not None:
+            return config.vram_bytes
+        held = 0 if engine is None else engine.arena_bytes + self.outside_bytes
+        learned = None if engine is None else engine.activation_bytes()
+        return auto_vram_bytes(self.device, learned, held_bytes=held)
+
+    @property
+    def least_bytes(self) -> int:
+        """The smallest budget that works: all that is outside, and the largest block."""
+        return self.outside_bytes + max(self.block_bytes)
+
+    @property
+    def block_bytes(self) -> list[int]:
+        """Bytes of each block, every tensor rounded up as in the arena."""
+        return [sum(aligned(p.bytes) for w in ws for p in w.parts) for ws in self.weights]
+
+    def _check_budget(self, vram_bytes: int | None = None) -> None:
+        vram = self.vram_bytes if vram_bytes is None else vram_bytes
+        if vram >= self.least_bytes:
+            return
+        sizes = self.block_bytes
+        largest = sizes.index(max(sizes))
+        raise ValueError(
+            f"vram is {format_bytes(vram)} ({vram} bytes), which is too small: the weights outside "
+            f"of the blocks take {format_bytes(self.outside_bytes)}, and the largest block, "
+            f"'{self.names[largest]}', needs {format_bytes(sizes[largest])}; the smallest budget "
+            f"that works is {format_bytes(self.least_bytes)} ({self.least_bytes} bytes)"
+        )
+
+    def check_budget(self, vram_bytes: int) -> None:
+        """Refuses a budget that is too small, naming the block and the smallest that works."""
+        self._check_budget(vram_bytes)
+
+    def restore(self) -> None:
+        """Brings everything outside of the blocks back; does nothing twice."""
+        self._placement.restore()
+
+
+def aligned(size: int) -> int:
+    """Bytes that a tensor takes in the arena."""
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _weak(module: nn.Module) -> object:
+    import weakref
+
+    return weakref.ref(module)
+
+
+def _bytes_of(modules: list[tuple[str, nn.Module]], only: set[int]) -> int:
+    sizes = {id(p): p.numel() * p.element_size() for _, _, _, p in parameters_of(modules)}
+    return sum(size for key, size in sizes.items() if key in only)
+
+
+def empty_arena(size: int, device: torch.device) -> torch.Tensor:
+    """Device memory for residents and slots: one allocation, owned by torch.
+
+    A normal tensor also under inference mode: parameters are bound to views of it.
+
+    Raises:
+        torch.OutOfMemoryError: With how much was wanted for what.
+    """
+    with torch.inference_mode(False):
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"the plan takes {format_bytes(size)} on {device}, which are not free; give a "
+                f"smaller vram ({error})"
+            ) from error

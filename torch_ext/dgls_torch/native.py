@@ -1,0 +1,273 @@
+"""The engine of one stream: the native handle, the arena, the block hooks and their views."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dgls_torch import _C
+from dgls_torch.layout import Layout, empty_arena
+from dgls_torch.memory import host_memory, pinned_budget
+from dgls_torch.report import BlockPlan, Plan, Report, Use
+
+if TYPE_CHECKING:
+    from dgls_torch.config import StreamConfig
+
+_ops = torch.ops.dgls
+_RECORD = 8
+
+
+class Engine:
+    """A native engine with everything whose memory it uses."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        config: StreamConfig,
+        on_rebuild: Any,
+        order: list[int] | None = None,
+        vram_bytes: int | None = None,
+    ) -> None:
+        """Plans, allocates the arena and hooks the blocks; on a failure nothing is left.
+
+        Raises:
+            ValueError: The budget is too small.
+            torch.OutOfMemoryError: The arena does not fit.
+            RuntimeError: The device refuses.
+        """
+        self._layout = layout
+        self._on_rebuild = on_rebuild
+        self._vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
+        layout.check_budget(self._vram_bytes)
+        order = list(range(len(layout.names))) if order is None else order
+        # Tensors in memory come first, then those in files: the order of the native tensor list.
+        parts = [(b, p) for b, ws in enumerate(layout.weights) for w in ws for p in w.parts]
+        memory = [(b, p) for b, p in parts if p.file is None]
+        filed = [(b, p) for b, p in parts if p.file is not None]
+        sequence = [*memory, *filed]
+        self._blocks = [b for b, _ in sequence]
+        self._sizes = [p.bytes for _, p in sequence]
+        self._budget = self._vram_bytes - layout.outside_bytes
+        total = sum(layout.block_bytes)
+        self._arena = empty_arena(min(self._budget, total), layout.device)
+        self._base_bytes = _allocated(layout.device)
+        _reset_peak(layout.device)
+        files = [] if layout.source is None else [str(f.path) for f in layout.source.files]
+        self._number: int | None = _ops.create(
+            self._arena,
+            [p.tensor for _, p in memory],
+            [p.file[0] for _, p in filed if p.file],
+            [p.file[1] for _, p in filed if p.file],
+            [p.bytes for _, p in filed],
+            files,
+            self._blocks,
+            order,
+            self._budget,
+            min_stream_bytes=config.min_stream_bytes,
+            pinned_bytes=_pinned_bytes(config, layout.device),
+            staging_bytes=config.staging_bytes,
+            trace_uses=config.trace_passes * len(order),
+            copy_bytes_per_s=int(config.copy_bytes_per_s or 0),
+            poison=config.poison,
+            # For tests: another driver than the arena's, and waits taken out.
+            driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
+            faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
+        )
+        self._capsules: list[Any] = []
+        self._removers: list[Any] = []
+        try:
+            self._hook()
+            self._bind_views()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def number(self) -> int:
+        """The native engine's number.
+
+        Raises:
+            RuntimeError: The engine is closed.
+        """
+        if self._number is None:
+            raise RuntimeError("the engine is closed")
+        return self._number
+
+    @property
+    def arena_bytes(self) -> int:
+        """Device bytes held."""
+        return self._arena.numel() if self._number is not None else 0
+
+    def _hook(self) -> None:
+        increment = torch.autograd.graph.increment_version
+        for index, (name, weak) in enumerate(
+            zip(self._layout.names, self._layout.modules, strict=True)
+        ):
+            module: Any = weak()  # type: ignore[operator]
+            targets = [t for w in self._layout.weights[index] for t in w.targets()]
+            before, after, capsule = _C.make_hooks(
+                self.number, index, name, module, targets, self._on_rebuild, increment
+            )
+            self._capsules.append(capsule)
+            # First before and last after, so that hooks of others see the weights bound.
+            self._removers.append(module.register_forward_pre_hook(before, prepend=True))
+            self._removers.append(module.register_forward_hook(after, always_call=True))
+
+    def _uses(self) -> list[tuple[int, list[int]]]:
+        """For each position of the program, its block and the offset of each of its tensors."""
+        flat = _ops.layout(self.number)
+        uses, at = [], 0
+        while at < len(flat):
+            count = flat[at + 1]
+            uses.append((flat[at], flat[at + 2 : at + 2 + count]))
+            at += 2 + count
+        return uses
+
+    def _bind_views(self) -> None:
+        """Makes the tensors that the hooks bind, so that the hot path makes none."""
+        uses = self._uses()
+        places: list[list[list[Any] | None]] = [[None] * len(uses) for _ in self._layout.names]
+        for position, (block, offsets) in enumerate(uses):
+            places[block][position] = self._views(block, offsets)
+        for capsule, views in zip(self._capsules, places, strict=True):
+            _C.set_views(capsule, views)
+
+    def _views(self, block: int, offsets: list[int]) -> list[torch.Tensor]:
+        """The tensors of a block at one position, one for each target."""
+        weights = self._layout.weights[block]
+        parts = [part for weight in weights for part in weight.parts]
+        # Offsets come in the native order: those in memory first.
+        ordered = [p for p in parts if p.file is None] + [p for p in parts if p.file is not None]
+        offset_of = {id(p): o for p, o in zip(ordered, offsets, strict=True)}
+        views: list[torch.Tensor] = []
+        for weight in weights:
+            with torch.inference_mode(weight.param.is_inference()), torch.no_grad():
+                made = weight.bound([p.view(self._arena, offset_of[id(p)]) for p in weight.parts])
+            views += [made] * len(weight.targets())
+        return views
+
+    def rebuild(self) -> None:
+        """Plans anew within the same memory, for the order that was learned."""
+        _ops.rebuild(self.number, self._arena, self._budget)
+        self._bind_views()
+
+    def check_idle(self) -> None:
+        """Ends a use that an exception left unfinished."""
+        _C.take_back(self.number)
+
+    def replaced(self, config: StreamConfig, vram_bytes: int) -> Engine:
+        """An engine for another budget in this one's place; this one again if it is refused."""
+        layout = self._layout
+        layout.check_budget(vram_bytes)
+        order = list(_ops.order(self.number))
+        self.close()
+        try:
+            return Engine(layout, config, self._on_rebuild, order, vram_bytes)
+        except BaseException:
+            restored = Engine(layout, config, self._on_rebuild, order, self._vram_bytes)
+            self.__dict__.update(restored.__dict__)
+            restored._number, restored._capsules, restored._removers = None, [], []
+            raise
+
+    def begin_pass(self) -> None:
+        """The model's forward begins."""
+        _C.take_back(self.number)
+        _ops.begin_pass(self.number)
+
+    def end_pass(self) -> None:
+        """The model's forward has ended."""
+        _ops.end_pass(self.number)
+
+    def reload(self, block: int) -> None:
+        """The host weights of a block were changed in place."""
+        _ops.reload(self.number, block)
+
+    def activation_bytes(self) -> int | None:
+        """Most that the model used beside its weights since the engine was made; CUDA only."""
+        if self._layout.device.type != "cuda" or _ops.stats(self.number)[5] == 0:
+            return None
+        peak = torch.cuda.max_memory_allocated(self._layout.device)
+        return max(0, peak - self._base_bytes)
+
+    def close(self) -> None:
+        """Binds the masters, takes the hooks off, waits for the device, gives the arena back."""
+        number, self._number = self._number, None
+        try:
+            for capsule in self._capsules:
+                _C.unhook(capsule)
+        finally:
+            for remover in self._removers:
+                remover.remove()
+            self._capsules, self._removers = [], []
+            if number is not None:
+                _ops.destroy(number)
+            self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def plan(self) -> Plan:
+        """The plan in force."""
+        layout = self._layout
+        resident, facts = _ops.plan_for(self.number, self._budget)
+        _, streamed, slots, slot_bytes, arena, _, _ = facts
+        kept, moved = [0] * len(layout.names), [0] * len(layout.names)
+        for block, size, stays in zip(self._blocks, self._sizes, resident, strict=True):
+            (kept if stays else moved)[block] += size
+        order = list(dict.fromkeys([*_ops.order(self.number), *range(len(layout.names))]))
+        return Plan(
+            device=str(layout.device),
+            vram_bytes=self._vram_bytes,
+            outside_bytes=layout.outside_bytes,
+            arena_bytes=arena,
+            slots=slots,
+            slot_bytes=slot_bytes,
+            streamed_bytes=streamed,
+            least_vram_bytes=layout.least_bytes,
+            blocks=tuple(BlockPlan(layout.names[b], kept[b], moved[b]) for b in order),
+        )
+
+    def report(self) -> Report:
+        """What was measured so far."""
+        stats = _ops.stats(self.number)
+        uses, on_demand, mispredicted, rebuilds, errors, passes, moved, copies = stats[:8]
+        return Report(
+            plan=self.plan(),
+            passes=passes,
+            uses=uses,
+            on_demand=on_demand,
+            mispredicted=mispredicted,
+            rebuilds=rebuilds,
+            errors=errors,
+            h2d_bytes_total=moved,
+            copies=copies,
+            pinned_bytes=stats[8],
+            pin_failures=stats[9],
+            staging_bytes=stats[10],
+            timeline=tuple(self._timeline()),
+        )
+
+    def _timeline(self) -> list[Use]:
+        flat = _ops.trace(self.number)
+        in_pass = max(1, len(_ops.order(self.number)))
+        uses = []
+        for at in range(0, len(flat), _RECORD):
+            number, block, size, *times = flat[at : at + _RECORD]
+            seconds = [time * 1e-9 for time in times]
+            uses.append(Use(number // in_pass, self._layout.names[block], size, *seconds))
+        return uses
+
+
+def _pinned_bytes(config: StreamConfig, device: torch.device) -> int:
+    # The CPU copies from any memory: nothing has to be page-locked for it.
+    if device.type == "cpu" and os.environ.get("DGLS_TEST_DRIVER", "auto") != "cuda":
+        return 0
+    return pinned_budget(config.pinned, host_memory())
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,68 @@
+"""``torch.ops.dgls.*``: an engine without the hooks, for other projects; and the fake kernels.
+
+An engine is a number. Sizes are bytes; blocks are indices; ``order`` lists blocks in order of use
+in one pass. Errors are RuntimeErrors that say what was needed and what was found.
+
+Set-up (none of these enqueues anything):
+
+``plan(tensor_bytes, tensor_block, order, budget_bytes, min_stream_bytes=0)``
+    Returns ``(resident, facts)``: 1 for each tensor that stays on the device, else 0; and
+    resident_bytes, streamed_bytes per pass, slots, slot_bytes, arena_bytes, least_bytes (the
+    smallest budget with a plan), passes in one cycle of addresses.
+``create(arena, weights, file_index, file_offset, file_bytes, files, tensor_block, order,
+budget_bytes, ...)``
+    Makes an engine. ``arena``: uint8, one dimension, at least arena_bytes, on the device that
+    computes. ``weights``: CPU tensors; then come those of ``files``. The engine keeps all alive.
+``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
+    What another budget would give; and a change to it. ``rebuild`` blocks until the device is
+    done with the old arena.
+``layout(engine)``
+    For each position of the program: block, number of tensors, arena offset of each tensor.
+``order(engine)``
+    The order the plan was made for.
+
+At each block, on torch's current stream:
+
+``wait(x, engine, block) -> position``
+    Makes the stream wait for the block's weights, which then lie as ``layout`` says for that
+    position. Blocks the host only on the CPU, and while a staging thread has yet to enqueue the
+    copies. ``x``, which is not touched, orders the call for torch.compile.
+``release(x, engine, block)``
+    The weights of the block that runs may be overwritten once the stream has passed this point.
+``prefetch(engine)``
+    Starts the first copies before the first ``wait``.
+``begin_pass(engine)``, ``end_pass(engine)``, ``wants_rebuild(engine)``
+    Bounds of a pass of the whole model, from which the order is learned.
+``reload(engine, block)``
+    The host weights of a block were changed in place.
+
+Afterwards: ``stats(engine)``, ``trace(engine)`` (see `dgls_torch.report`), ``destroy(engine)``.
+Machine: ``driver_version()``, ``measure_copy(device, bytes, repeats, page_locked)`` in bytes per
+second, ``measure_page_lock(device, max_bytes)`` in bytes; device -1 is the CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.library.register_fake("dgls::wait")
+def _wait(x: torch.Tensor, engine: int, block: int) -> int:
+    """A position is a plain number that only the engine knows; tracing takes any."""
+    return 0
+
+
+@torch.library.register_fake("dgls::release")
+def _release(x: torch.Tensor, engine: int, block: int) -> None:
+    """Nothing but order."""
+
+
+@torch.library.register_fake("dgls::rebuild")
+def _rebuild(engine: int, arena: torch.Tensor, budget_bytes: int) -> None:
+    """Takes a tensor, makes none."""
+
+
+@torch.library.register_fake("dgls::create")
+def _create(arena: torch.Tensor, weights: list[torch.Tensor], *_: object, **__: object) -> int:
+    """An engine is not made while tracing."""
+    raise RuntimeError("torch.ops.dgls.create cannot be traced; make the engine before compiling")

@@ -1,0 +1,119 @@
+"""Moves what is not streamed to the device, and brings every bit of it back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dgls_torch.weights import file_part, parameters_of
+
+if TYPE_CHECKING:
+    from dgls_torch.files import SafetensorsSource
+
+
+class Placement:
+    """Parameters and buffers that stay on the device for as long as a stream lasts."""
+
+    def __init__(self, device: torch.device, source: SafetensorsSource | None) -> None:
+        """Moves nothing yet.
+
+        Args:
+            device: Where the model computes.
+            source: Files for parameters and buffers on the meta device.
+        """
+        self._device = device
+        self._source = source
+        self._entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._data: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._placed: dict[int, nn.Parameter] = {}
+        self.bytes = 0
+
+    def place_parameters(
+        self, modules: list[tuple[str, nn.Module]], only: set[int] | None = None
+    ) -> None:
+        """Moves the parameters of ``modules``, or those of them whose ``id`` is in ``only``.
+
+        Raises:
+            ValueError: A parameter is on meta and in no file.
+            torch.OutOfMemoryError: The device is full; `restore` brings back what was moved.
+        """
+        for name, owner, key, param in parameters_of(modules):
+            if only is None or id(param) in only:
+                self._place(name, owner, key, param)
+
+    def place_buffers(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Moves the buffers of ``modules``.
+
+        Raises:
+            ValueError: A buffer is on meta and in no file.
+            torch.OutOfMemoryError: The device is full; `restore` brings back what was moved.
+        """
+        for prefix, module in modules:
+            for key, buffer in list(module._buffers.items()):
+                if buffer is None:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                self.bytes += _bytes(buffer)
+                if buffer.is_meta:
+                    self._set(module._buffers, key, self._load(name, buffer))
+                elif buffer.device != self._device:
+                    self._set(module._buffers, key, buffer.to(self._device))
+
+    def restore(self) -> None:
+        """Binds everything that was there before, last moved first; does nothing twice."""
+        while self._data:
+            param, data = self._data.pop()
+            param.data = data
+        while self._entries:
+            owner, key, value = self._entries.pop()
+            owner[key] = value
+        self._placed.clear()
+        self.bytes = 0
+
+    def _place(self, name: str, owner: dict[str, Any], key: str, param: nn.Parameter) -> None:
+        known = self._placed.get(id(param))
+        if known is not None:
+            if known is not param:
+                self._set(owner, key, known)
+            return
+        self._placed[id(param)] = param
+        self.bytes += _bytes(param)
+        if param.is_meta:
+            made = nn.Parameter(self._load(name, param), requires_grad=param.requires_grad)
+        elif param.device == self._device:
+            return
+        elif is_traceable_wrapper_subclass(param):
+            made = nn.Parameter(param.detach().to(self._device), requires_grad=False)
+        else:
+            self._data.append((param, param.data))
+            param.data = param.data.to(self._device)
+            return
+        self._placed[id(param)] = made
+        self._set(owner, key, made)
+
+    def _set(self, owner: dict[str, Any], key: str, value: object) -> None:
+        self._entries.append((owner, key, owner[key]))
+        owner[key] = value
+
+    def _load(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self._source is None or name not in self._source:
+            raise ValueError(
+                f"'{name}' is on the meta device and its bytes are in no file; load it, or pass "
+                'source="model.safetensors" with a tensor of that name'
+            )
+        file_part(name, tensor, self._source)
+        return self._source.load_tensor(name, self._device)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def outside_bytes(modules: list[tuple[str, nn.Module]], buffers: list[nn.Module]) -> int:
+    """Bytes that `Placement` would hold for these modules' parameters and those buffers."""
+    params = {id(p): _bytes(p) for _, _, _, p in parameters_of(modules)}
+    held = [b for module in buffers for b in module._buffers.values() if b is not None]
+    return sum(params.values()) + sum(_bytes(b) for b in held)

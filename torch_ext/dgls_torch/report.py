@@ -1,0 +1,240 @@
+"""What was planned and what was measured, as numbers and as tables for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from dgls_torch.units import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: its name and how many of its bytes stay on the device or are streamed."""
+
+    name: str
+    resident_bytes: int
+    streamed_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What lives where. Sizes are bytes; those in the arena are rounded up to 256 for each tensor.
+
+    Attributes:
+        device: Where the model computes.
+        vram_bytes: The budget.
+        outside_bytes: What of it the weights and buffers outside of the streamed tensors take.
+        arena_bytes: What the resident tensors and the slots take.
+        slots: Streamed blocks that are on the device at a time; 0 when nothing is streamed.
+        slot_bytes: Size of one slot.
+        streamed_bytes: Bytes copied in each pass.
+        least_vram_bytes: The smallest budget with which this model runs.
+        blocks: One entry for each block, in order of first use.
+    """
+
+    device: str
+    vram_bytes: int
+    outside_bytes: int
+    arena_bytes: int
+    slots: int
+    slot_bytes: int
+    streamed_bytes: int
+    least_vram_bytes: int
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(b.resident_bytes + b.streamed_bytes for b in self.blocks)
+
+    def __str__(self) -> str:
+        """The plan as a table; equal neighbours share a row."""
+        rows = [("blocks", "count", "each", "resident", "streamed")]
+        for (resident, streamed), group in groupby(
+            self.blocks, key=lambda b: (b.resident_bytes, b.streamed_bytes)
+        ):
+            same = list(group)
+            last = f" .. {same[-1].name}" if len(same) > 1 else ""
+            each = format_bytes(resident + streamed)
+            sizes = (format_bytes(resident), format_bytes(streamed))
+            rows.append((f"{same[0].name}{last}", str(len(same)), each, *sizes))
+        used = self.outside_bytes + self.arena_bytes
+        lines = [
+            f"plan for {format_bytes(self.vram_bytes)} on {self.device}: "
+            f"{format_bytes(used)} used, {format_bytes(self.least_vram_bytes)} would do",
+            f"  outside of blocks {format_bytes(self.outside_bytes)}, "
+            f"blocks {format_bytes(self.block_bytes)}, of which streamed in each pass "
+            f"{format_bytes(self.streamed_bytes)}",
+        ]
+        if self.slots:
+            lines.append(f"  through {self.slots} slots of {format_bytes(self.slot_bytes)}")
+        else:
+            lines.append("  everything fits: nothing is streamed")
+        return "\n".join([*lines, *_table(rows)])
+
+
+@dataclass(frozen=True)
+class Use:
+    """One timed use of a block; seconds since the engine was made.
+
+    The compute stream reached the block at ``wait_s``, began at ``start_s`` when its weights had
+    arrived, and ended at ``end_s``; its copies took from ``copy_start_s`` to ``copy_end_s``.
+    """
+
+    pass_number: int
+    block: str
+    bytes: int
+    copy_start_s: float
+    copy_end_s: float
+    wait_s: float
+    start_s: float
+    end_s: float
+
+    @property
+    def stall_s(self) -> float:
+        """Time the compute stream waited for the weights."""
+        return max(0.0, self.start_s - self.wait_s)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured. Times are of the timed passes after the first, which fills the residents.
+
+    Attributes:
+        plan: The plan in force.
+        passes: Passes of the model so far.
+        uses: Blocks entered so far.
+        on_demand: Uses whose copies had not been asked for before the block began.
+        mispredicted: Uses that came out of turn.
+        rebuilds: Times the plan was made anew for a newly learned order.
+        errors: Device errors so far.
+        h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
+        pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
+        staging_bytes: Page-locked bytes of the staging chunks.
+        timeline: The timed uses, oldest first.
+    """
+
+    plan: Plan
+    passes: int
+    uses: int
+    on_demand: int
+    mispredicted: int
+    rebuilds: int
+    errors: int
+    h2d_bytes_total: int
+    copies: int
+    pinned_bytes: int
+    pin_failures: int
+    staging_bytes: int
+    timeline: tuple[Use, ...]
+
+    def _steady(self) -> list[list[Use]]:
+        """The timed passes that have a timed successor, without the first."""
+        by_pass = {n: list(g) for n, g in groupby(self.timeline, key=lambda u: u.pass_number)}
+        return [uses for n, uses in by_pass.items() if n > 0 and n + 1 in by_pass]
+
+    def _starts(self) -> dict[int, float]:
+        starts: dict[int, float] = {}
+        for use in self.timeline:
+            starts.setdefault(use.pass_number, use.wait_s)
+        return starts
+
+    @property
+    def pass_s(self) -> float | None:
+        """Mean seconds of a pass, from the first block to the first block of the next."""
+        starts = self._starts()
+        spans = [starts[n + 1] - starts[n] for n in starts if n > 0 and n + 1 in starts]
+        return sum(spans) / len(spans) if spans else None
+
+    @property
+    def stall_s(self) -> float | None:
+        """Mean seconds of a pass in which the compute stream waited for weights."""
+        passes = self._steady()
+        return sum(u.stall_s for p in passes for u in p) / len(passes) if passes else None
+
+    @property
+    def h2d_bytes(self) -> int:
+        """Bytes copied in each pass."""
+        return self.plan.streamed_bytes
+
+    @property
+    def h2d_bytes_per_s(self) -> float | None:
+        """Rate of the copies while they were under way; ``None`` when nothing is streamed."""
+        timed = [u for p in self._steady() for u in p if u.bytes and u.copy_end_s > u.copy_start_s]
+        # Copies queue behind each other: a copy begins when the one before it has ended.
+        busy, last_end = 0.0, 0.0
+        for use in timed:
+            busy += use.copy_end_s - max(use.copy_start_s, min(last_end, use.copy_end_s))
+            last_end = use.copy_end_s
+        return sum(u.bytes for u in timed) / busy if busy > 0 else None
+
+    @property
+    def bound_s(self) -> float | None:
+        """No policy is faster: compute, or the bytes that do not fit over the measured rate."""
+        pass_s, stall_s, rate = self.pass_s, self.stall_s, self.h2d_bytes_per_s
+        if pass_s is None or stall_s is None:
+            return None
+        room = self.plan.vram_bytes - self.plan.outside_bytes
+        missing = max(0, self.plan.block_bytes - room)
+        return max(pass_s - stall_s, missing / rate if rate else 0.0)
+
+    @property
+    def efficiency(self) -> float | None:
+        """``bound_s / pass_s``: 1 is the physical limit of this machine, model and budget."""
+        bound_s, pass_s = self.bound_s, self.pass_s
+        return None if bound_s is None or not pass_s else min(1.0, bound_s / pass_s)
+
+    @property
+    def limit(self) -> str | None:
+        """``"copy"`` or ``"compute"``: what the bound consists of."""
+        pass_s, stall_s, bound_s = self.pass_s, self.stall_s, self.bound_s
+        if pass_s is None or stall_s is None or bound_s is None:
+            return None
+        return "copy" if bound_s > pass_s - stall_s else "compute"
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the last timed passes: copies and compute of each block (SVG, PNG or PDF).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: No pass has been timed yet.
+        """
+        from dgls_torch.timeline import plot
+
+        plot(self, path)
+
+    def __str__(self) -> str:
+        """The report as a table."""
+        rows = [("passes", f"{self.passes}")]
+        if self.pass_s is not None and self.stall_s is not None:
+            share = 100 * self.stall_s / self.pass_s if self.pass_s else 0.0
+            rows.append(("time of a pass", format_seconds(self.pass_s)))
+            rows.append(("of which stalled", f"{format_seconds(self.stall_s)} ({share:.1f} %)"))
+        rows.append(("copied in a pass", format_bytes(self.h2d_bytes)))
+        if self.h2d_bytes_per_s is not None:
+            rows.append(("rate of the copies", format_rate(self.h2d_bytes_per_s)))
+        if self.efficiency is not None and self.bound_s is not None:
+            rows.append(("bound", f"{format_seconds(self.bound_s)} ({self.limit} bound)"))
+            rows.append(("efficiency", f"{100 * self.efficiency:.1f} % of the bound"))
+        out_of_turn = f"{self.mispredicted} of {self.uses} uses, {self.on_demand} on demand"
+        rows.append(("out of turn", out_of_turn))
+        pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"
+        rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
+        if self.errors:
+            rows.append(("device errors", f"{self.errors}"))
+        return "\n".join(["measured", *_table(rows)])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]))
+    return lines

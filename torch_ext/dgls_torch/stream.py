@@ -1,0 +1,265 @@
+"""`stream`: attaches an engine to a model, and takes it off again without a trace."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import nn
+
+from dgls_torch.blocks import models_of
+from dgls_torch.config import StreamConfig
+from dgls_torch.layout import Layout
+from dgls_torch.native import Engine
+from dgls_torch.pass_hooks import PassHooks
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from dgls_torch.report import Plan, Report
+
+_live: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@overload
+def stream(
+    model: nn.Module,
+    vram: int | float | str | None = None,
+    *,
+    blocks: Iterable[str | nn.Module] | None = None,
+    exclude: Iterable[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    config: StreamConfig | None = None,
+    **fields: Any,
+) -> Stream: ...
+
+
+@overload
+def stream(
+    model: object,
+    vram: int | float | str | None = None,
+    *,
+    blocks: Iterable[str | nn.Module] | None = None,
+    exclude: Iterable[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    config: StreamConfig | None = None,
+    **fields: Any,
+) -> Stream | StreamGroup: ...
+
+
+def stream(
+    model: object,
+    vram: int | float | str | None = None,
+    *,
+    blocks: Iterable[str | nn.Module] | None = None,
+    exclude: Iterable[str] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    config: StreamConfig | None = None,
+    **fields: Any,
+) -> Stream | StreamGroup:
+    """Streams a model's blocks through the device during ``forward``, within a memory budget.
+
+    The blocks' weights stay where they are on the host; each is copied to the device just before
+    its block runs, while the block before it computes, and as many as fit stay there. Everything
+    else is moved to the device. Nothing is copied before the first forward.
+
+    Args:
+        model: A module, or a diffusers pipeline: its transformers and unets then share the budget.
+        vram: Budget for the weights on the device: ``"auto"``, ``"8GiB"`` or bytes.
+        blocks: The blocks, as dotted names or modules; found if not given.
+        exclude: Patterns of blocks that stay on the device.
+        source: ``"tensors"``, or safetensors files; the model may then be on the meta device.
+        config: Everything else; the arguments before it override its fields.
+        **fields: Single fields of `StreamConfig`.
+
+    Returns:
+        The handle; as a context manager it detaches at the end. The model keeps it alive.
+
+    Raises:
+        ValueError: The budget is too small (the message names the block and the smallest budget
+            that works), no blocks were found, or weights are not where they should be.
+        TypeError: An argument is of a wrong type or unknown.
+        RuntimeError: The model is streamed already, or the device refuses.
+    """
+    given = {"vram": vram, "blocks": blocks, "exclude": exclude, "source": source}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    config = (config or StreamConfig()).replace(**fields)
+    models = models_of(model)
+    if len(models) == 1:
+        return Stream(models[0][1], config)
+    return StreamGroup([(name, part) for name, part in models], config)
+
+
+class Stream:
+    """One streamed model. Made by `stream`; every method may be called at any time, repeatedly."""
+
+    def __init__(self, model: nn.Module, config: StreamConfig) -> None:
+        """Attaches to ``model``; see `stream`. On any failure the model is as it was."""
+        if PassHooks.of(model) is not None:
+            raise RuntimeError(
+                f"this {type(model).__name__} is streamed already; call detach() on its handle"
+            )
+        self.config = config
+        self._model = weakref.ref(model)
+        self._layout: Layout | None = None
+        self._engine: Engine | None = None
+        self._hooks: PassHooks | None = None
+        self._last: tuple[Plan, Report] | None = None
+        try:
+            self._layout = Layout(model, config)
+            self._engine = Engine(self._layout, config, self._on_rebuild())
+            self._hooks = PassHooks(model, self)
+            weakref.finalize(model, _forget, weakref.ref(self)).atexit = False
+        except BaseException:
+            self.detach()
+            raise
+        _live.add(self)
+
+    def _on_rebuild(self) -> Any:
+        # Held by the hooks, so it must not keep the stream, and with it the weights, alive.
+        weak = weakref.ref(self)
+
+        def rebuild() -> None:
+            stream = weak()
+            if stream is not None and stream._engine is not None:
+                stream._engine.rebuild()
+
+        return rebuild
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where; the last plan after `detach`."""
+        return self._engine.plan() if self._engine is not None else self._kept()[0]
+
+    def report(self) -> Report:
+        """What was measured so far; the last report after `detach`. Never waits for the device."""
+        return self._engine.report() if self._engine is not None else self._kept()[1]
+
+    def _kept(self) -> tuple[Plan, Report]:
+        if self._last is None:
+            raise RuntimeError("this stream was never attached")
+        return self._last
+
+    def replan(self, vram: int | float | str | None = None) -> Plan:
+        """Plans anew for a budget, or for the present one and what was learned meanwhile.
+
+        Blocks until the device is done with the old plan. The first pass afterwards fetches the
+        resident weights again. If the new budget is refused, the old plan stays in force.
+
+        Raises:
+            ValueError: The budget is too small; the message names the smallest that works.
+            RuntimeError: The stream is detached, or a block is running.
+        """
+        if self._engine is None or self._layout is None:
+            raise RuntimeError("this stream is detached; call stream() again")
+        if vram is not None:
+            self.config = self.config.replace(vram=vram)
+        old = self._engine
+        old.check_idle()
+        budget = self._layout.budget(self.config, old)
+        self._engine = old.replaced(self.config, budget)
+        return self.plan
+
+    def detach(self) -> None:
+        """Takes the hooks off and restores every parameter and buffer. Waits for the device."""
+        engine, self._engine = self._engine, None
+        layout, self._layout = self._layout, None
+        hooks, self._hooks = self._hooks, None
+        _live.discard(self)
+        try:
+            if engine is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._last = (engine.plan(), engine.report())
+                engine.close()
+        finally:
+            if hooks is not None:
+                hooks.remove()
+            if layout is not None:
+                layout.restore()
+
+    def __enter__(self) -> Stream:
+        """Returns the stream, which is attached already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detaches."""
+        self.detach()
+
+    def __reduce__(self) -> Any:
+        """Refuses to be pickled: a stream is about this process's memory."""
+        raise TypeError("a Stream cannot be pickled; call detach() first and pickle the model")
+
+
+class StreamGroup:
+    """The streams of a pipeline with several denoisers; the budget is split by their weights."""
+
+    def __init__(self, models: list[tuple[str, nn.Module]], config: StreamConfig) -> None:
+        """Attaches to each model; if one fails, the ones before it are detached."""
+        self.streams: dict[str, Stream] = {}
+        shares = [sum(p.numel() * p.element_size() for p in m.parameters()) for _, m in models]
+        try:
+            for (name, model), share in zip(models, shares, strict=True):
+                part = config
+                if config.vram_bytes is not None:
+                    part = config.replace(vram=config.vram_bytes * share // sum(shares))
+                self.streams[name] = Stream(model, part)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def plan(self) -> dict[str, Plan]:
+        """The plan of each model."""
+        return {name: s.plan for name, s in self.streams.items()}
+
+    def report(self) -> dict[str, Report]:
+        """The report of each model."""
+        return {name: s.report() for name, s in self.streams.items()}
+
+    def replan(self, vram: int | float | str | None = None) -> dict[str, Plan]:
+        """Plans each model anew; see `Stream.replan`. A size is split as at the start."""
+        config = None if vram is None else StreamConfig(vram=vram)
+        total = sum(s.plan.vram_bytes for s in self.streams.values())
+        for s in self.streams.values():
+            share = s.plan.vram_bytes
+            whole = None if config is None else config.vram_bytes
+            s.replan(vram if whole is None else whole * share // total)
+        return self.plan
+
+    def detach(self) -> None:
+        """Detaches every model."""
+        for s in self.streams.values():
+            s.detach()
+
+    def __enter__(self) -> StreamGroup:
+        """Returns the group, which is attached already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detaches."""
+        self.detach()
+
+
+def _forget(weak: weakref.ref[Stream]) -> None:
+    """The model is gone: so is what the engine holds of it."""
+    stream = weak()
+    if stream is not None:
+        stream.detach()
+
+
+@atexit.register
+def _detach_all() -> None:
+    for stream in list(_live):
+        with contextlib.suppress(Exception):
+            stream.detach()
+
+
+def device_name(device: torch.device) -> str:
+    """A device for people: ``cuda:0 (NVIDIA ...)`` or ``cpu``."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
