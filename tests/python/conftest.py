@@ -1,0 +1,81 @@
+"""What all tests share.
+
+Goal: results do not depend on the number of cores, a skip for want of hardware is loud and can be
+made a failure, and the fake CUDA driver is built once.
+Method: hooks and fixtures of pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _comfy() -> bool:
+    folder = os.environ.get("COMFYUI_DIR")
+    return folder is not None and (Path(folder) / "comfy" / "model_patcher.py").exists()
+
+
+NEEDS = {
+    "needs_cuda": ("FAIL_WITHOUT_CUDA", "a CUDA device", torch.cuda.is_available),
+    "needs_comfy": ("FAIL_WITHOUT_COMFY", "a ComfyUI checkout named by COMFYUI_DIR", _comfy),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, (variable, what, is_there) in NEEDS.items():
+        if item.get_closest_marker(marker) is None or is_there():
+            continue
+        if os.environ.get(variable, "0") not in ("", "0"):
+            pytest.fail(f"needs {what}, and {variable} is set", pytrace=False)
+        pytest.skip(f"NOT TESTED: needs {what}")
+
+
+@pytest.fixture(scope="session")
+def fake_driver() -> Path:
+    """The library that answers as a CUDA driver, built by cargo."""
+    return build_fake_driver()
+
+
+@pytest.fixture(scope="session")
+def fake_driver_without_symbols() -> Path:
+    """The same without two functions, as an old driver would be."""
+    return build_fake_driver("missing-symbol")
+
+
+def build_fake_driver(*features: str) -> Path:
+    named = os.environ.get("DGLS_FAKE_DRIVER")
+    if named and not features:
+        return Path(named)
+    cargo = shutil.which("cargo") or shutil.which("cargo", path=Path.home() / ".cargo" / "bin")
+    if cargo is None:
+        pytest.skip("NOT TESTED: the CUDA path, since the fake driver needs cargo to be built")
+    command = [cargo, "build", "--locked", "--package", "fakecuda", "--message-format=json"]
+    environment = dict(os.environ)
+    if features:
+        command += ["--features", ",".join(features)]
+        target = Path(environment.get("CARGO_TARGET_DIR", ROOT / "target"))
+        environment["CARGO_TARGET_DIR"] = str(target / "-".join(features))
+    built = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    messages = [json.loads(line) for line in built.stdout.splitlines()]
+    made = [
+        Path(name)
+        for message in messages
+        if message.get("target", {}).get("name") in ("fakecuda", "cuda")
+        for name in message.get("filenames", [])
+        if Path(name).name == "libcuda.so"
+    ]
+    assert made, f"cargo made no libcuda.so: {built.stdout[-2000:]}"
+    return made[0]
