@@ -23,7 +23,8 @@ def find_blocks(model: nn.Module) -> list[Named]:
     """Finds the blocks of any model, in order of registration.
 
     A container (ModuleList, ModuleDict, Sequential) counts when most of its members with weights
-    are of one class. The outermost ones are taken, unless a member alone holds more than a
+    are of one class and it holds at least 1/50 of the model: the layers of an embedder are not
+    worth a copy. The outermost ones are taken, unless a member alone holds more than a
     quarter of the model, as the stages of a UNet do: then what is inside is taken, provided that
     this covers at least half of the weights.
 
@@ -31,8 +32,8 @@ def find_blocks(model: nn.Module) -> list[Named]:
         ValueError: There is no such container.
     """
     total = weight_bytes(model)
-    fine = list(_collect(model, "", total // 4))
-    coarse = list(_collect(model, "", total))
+    fine = list(_collect(model, "", total // 4, total // 50))
+    coarse = list(_collect(model, "", total, total // 50))
     blocks = fine if 2 * sum(weight_bytes(m) for _, m in fine) >= total else coarse
     blocks = _unique(blocks)
     if not blocks:
@@ -43,14 +44,19 @@ def find_blocks(model: nn.Module) -> list[Named]:
     return blocks
 
 
-def _collect(module: nn.Module, path: str, most_bytes: int) -> Iterator[Named]:
+def _collect(module: nn.Module, path: str, most: int, least: int) -> Iterator[Named]:
+    """Members of at most ``most`` bytes each of containers of at least ``least`` bytes."""
     members = _members(module)
     prefix = f"{path}." if path else ""
-    if members and all(weight_bytes(m) <= most_bytes for _, m in members):
+    if members and weight_bytes(module) >= least and max(map(_bytes, members)) <= most:
         yield from ((f"{prefix}{key}", member) for key, member in members)
         return
     for name, child in module.named_children():
-        yield from _collect(child, f"{prefix}{name}", most_bytes)
+        yield from _collect(child, f"{prefix}{name}", most, least)
+
+
+def _bytes(member: Named) -> int:
+    return weight_bytes(member[1])
 
 
 def _members(module: nn.Module) -> list[Named]:

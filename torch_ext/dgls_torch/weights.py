@@ -83,6 +83,8 @@ def plain_part(tensor: torch.Tensor) -> Part | None:
     plain = tensor.layout == torch.strided and not tensor.is_quantized
     if not plain or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
         return None
+    # A subclass may tell another shape than the one its bytes have.
+    tensor = tensor.as_subclass(torch.Tensor)
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = (last + 1) * tensor.element_size()
     return Part(tensor.dtype, tuple(tensor.shape), tensor.stride(), size, tensor)
