@@ -78,6 +78,8 @@ class Engine:
         self._capsules: list[Any] = []
         self._removers: list[Any] = []
         try:
+            if layout.source is not None:
+                layout.source.check_unchanged()  # the engine has them open now: no other can come
             self._hook()
             self._bind_views()
         except BaseException:

@@ -1,4 +1,4 @@
-"""``python -m dgls_torch bench``: what streaming adds to each block call, beside torch's own hooks.
+"""Block calls: what streaming adds to each, beside torch's own hooks.
 
 Everything is measured in one process, in turns, so that the ratios hold on a noisy machine. The
 blocks keep the host busy for a while and the copies are of a few bytes, so that no block waits for
@@ -7,7 +7,6 @@ a copy: what is left is the cost of the host.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -101,35 +100,23 @@ def measure(
     return {name: statistics.median(values) for name, values in found.items()} | {"share": share}
 
 
-def main(argv: list[str]) -> int:
-    """Prints the table; returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m dgls_torch bench", description=__doc__)
-    parser.add_argument("--blocks", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--busy-us", type=float, default=200.0, help="work of each block")
-    parser.add_argument("--device", default=None)
-    options = parser.parse_args(argv)
+def run(device: str | None, rounds: int, busy_us: float) -> None:
+    """Prints the table."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    print("microseconds for each call of a block, beyond its work, median")
     names = ("hooks", "resident", "streamed")
-    print(
-        f"  {'parameters':>10}{'copies':>9}{'bare':>9}"
-        + "".join(f"{n:>10}" for n in names)
-        + f"{'added':>9}"
-    )
+    print("microseconds for each call of a block, beyond its work, median")
+    heads = "".join(f"{name:>10}" for name in ("copies", "bare", *names, "added"))
+    print(f"  {'parameters':>10}{heads}")
     for parameters in (1, 5, 20, 40):
-        busy_s = options.busy_us * 1e-6
-        row = measure(options.blocks, parameters, options.rounds, options.device, busy_s)
-        over = {name: row[name] - options.busy_us for name in ("bare", *names)}
-        print(
-            f"  {parameters:>10}{parameters * row['share']:>9.1f}{over['bare']:>9.2f}"
-            + "".join(f"{over[n]:>10.2f}" for n in names)
-            + f"{over['streamed'] - over['hooks']:>9.2f}"
-        )
+        row = measure(60, parameters, rounds, device, busy_us * 1e-6)
+        over = {name: row[name] - busy_us for name in ("bare", *names)}
+        cells = [parameters * row["share"], *over.values(), over["streamed"] - over["hooks"]]
+        print(f"  {parameters:>10}" + "".join(f"{cell:>10.2f}" for cell in cells))
     print("added: streamed beyond torch's own hook machinery: binding and unbinding every")
     print("parameter, the schedule, and enqueueing the copies; copies: of each block call.")
     print("peers, for each block of about 20 parameters, measured earlier on another CPU:")
     for name, (low, high) in _PEERS.items():
         span = f"{low}" if low == high else f"{low}-{high}"
         print(f"  {name:<44}{span:>10} us")
-    return 0
+    torch.set_num_threads(threads)
