@@ -1,7 +1,11 @@
 //! What C++ may call. Every body runs inside the fence: a panic that reached cxx would abort the
 //! process, and with it the host application.
 #![expect(unsafe_code, reason = "the code that cxx generates")]
-#![allow(missing_docs, reason = "the generated half; each item of ours is documented")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    reason = "the generated half; each item of ours is documented"
+)]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -109,6 +113,7 @@ mod ffi {
         ) -> Result<PlanFacts>;
         fn make_engine(spec: &EngineSpec) -> Result<Box<Handle>>;
         fn enter(self: &Handle, block: u32, stream: u64) -> Result<u32>;
+        fn may_block(self: &Handle, block: u32) -> bool;
         fn exit(self: &Handle, stream: u64) -> Result<()>;
         fn prefetch(self: &Handle, stream: u64) -> Result<()>;
         fn begin_pass(self: &Handle) -> Result<()>;
@@ -167,6 +172,7 @@ fn facts_of(plan: &crate::plan::Plan) -> ffi::PlanFacts {
     }
 }
 
+#[expect(clippy::ptr_arg, reason = "cxx passes a rust::Vec")]
 fn make_plan(
     tensors: &Vec<ffi::TensorSpec>,
     order: &Vec<u32>,
@@ -239,6 +245,10 @@ fn panic_for_test() -> Result<()> {
 impl Handle {
     fn enter(&self, block: u32, stream: u64) -> Result<u32> {
         fence(|| self.engine.enter(block, ComputeStream(stream)))
+    }
+
+    fn may_block(&self, block: u32) -> bool {
+        self.engine.may_block(block)
     }
 
     fn exit(&self, stream: u64) -> Result<()> {

@@ -111,7 +111,14 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Driver`].
     fn mark_ready(&self, slot: EventSlot) -> Result<()>;
 
-    /// Compute stream: waits for *ready*; with `timed`, marks the time before and after.
+    /// Compute stream: marks the time at which a use is arrived at.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()>;
+
+    /// Compute stream: waits for *ready*; with `timed`, marks the time afterwards.
     ///
     /// The host device blocks the calling thread here: its compute is the calling thread.
     ///
@@ -129,6 +136,11 @@ pub trait Device: Send + Sync + std::fmt::Debug {
 
     /// What was enqueued may begin: a device that starts work by itself does nothing here.
     fn flush(&self) {}
+
+    /// Whether `wait_ready` would block the calling thread now.
+    fn blocks_host(&self, _slot: EventSlot) -> bool {
+        false
+    }
 
     /// Whether `copy` takes this source as it is; else it goes through a staging chunk.
     fn takes(&self, source: Source, page_locked: bool) -> bool;
@@ -181,6 +193,6 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     ///
-    /// [`crate::Error::Driver`], or the first copy error that no one was told yet.
+    /// [`crate::Error::Driver`]; what may still be in flight then is not known.
     fn quiesce(&self, last: Option<EventSlot>) -> Result<()>;
 }

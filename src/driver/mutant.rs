@@ -49,6 +49,9 @@ impl Device for Mutant {
     fn mark_ready(&self, slot: EventSlot) -> Result<()> {
         self.inner.mark_ready(slot)
     }
+    fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        self.inner.mark_wait(slot, compute)
+    }
     fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
         if self.dropped.ready { Ok(()) } else { self.inner.wait_ready(slot, compute, timed) }
     }
@@ -57,6 +60,9 @@ impl Device for Mutant {
     }
     fn flush(&self) {
         self.inner.flush();
+    }
+    fn blocks_host(&self, slot: EventSlot) -> bool {
+        self.inner.blocks_host(slot)
     }
     fn takes(&self, source: Source, page_locked: bool) -> bool {
         self.inner.takes(source, page_locked)

@@ -255,6 +255,13 @@ impl Device for SimDevice {
         Ok(())
     }
 
+    fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        let mut state = self.state.lock();
+        let free = state.compute_ns.get(&compute.0).copied().unwrap_or(0);
+        state.marks[index(slot.0)].times.wait_ns = free.max(state.host_ns);
+        Ok(())
+    }
+
     fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
         let mut state = self.state.lock();
         state.host_works();
@@ -267,9 +274,7 @@ impl Device for SimDevice {
         }
         let start = (*free).max(arrived);
         if timed {
-            let times = &mut state.marks[index(slot.0)].times;
-            times.wait_ns = arrived;
-            times.start_ns = start;
+            state.marks[index(slot.0)].times.start_ns = start;
         }
         Ok(())
     }

@@ -10,6 +10,9 @@ pub enum Command {
     Cancel,
     /// Copy stream: wait for *done*.
     WaitDone(EventSlot),
+    /// Copy stream, ahead of all that the staging thread still has to do: wait for *done* before
+    /// its event is marked again, on another compute stream.
+    Join(EventSlot),
     /// Copy stream: mark where the copies of a use begin.
     CopyStart(EventSlot),
     /// Copy stream: the copy `copies[index]` of the program.

@@ -58,24 +58,24 @@ impl Core {
     /// Page-locks, and makes everything that a plan needs. Nothing of an earlier plan runs any
     /// more; of its memory, `pins` and `staging` are taken over where they still fit.
     pub(super) fn new(
-        device: &Arc<dyn Device>,
+        device: Arc<dyn Device>,
         spec: Spec,
         plan: Plan,
         arena: Arena,
         pins: Option<Pins>,
         staging: Option<Staging>,
     ) -> Result<Self> {
-        let pins = pins.unwrap_or_else(|| lock_streamed(device, &spec, &plan));
+        let pins = pins.unwrap_or_else(|| lock_streamed(&device, &spec, &plan));
         let program = Arc::new(plan.program.clone());
         let weights = weights_of(device.as_ref(), &spec, &pins);
-        let staging = staging_for(device, &spec, &weights, staging)?;
+        let staging = staging_for(&device, &spec, &weights, staging)?;
         let slots = Schedule::event_slots(&program);
         device.prepare(slots, staging.as_ref().map_or(0, Staging::count))?;
         let capacity = Schedule::most_commands(&program);
         let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
         let moved = Arc::new(Moved::default());
         let copy_side = CopySide {
-            device: Arc::clone(device),
+            device: Arc::clone(&device),
             program: Arc::clone(&program),
             weights,
             arena,
@@ -83,7 +83,7 @@ impl Core {
             moved: Arc::clone(&moved),
         };
         Ok(Self {
-            device: Arc::clone(device),
+            device,
             schedule: Schedule::new(program, spec.options),
             executor: Executor::new(copy_side, capacity)?,
             pins,
@@ -134,15 +134,18 @@ impl Core {
         self.life = Life::Poisoned(reason);
     }
 
+    /// Whether `enter` may have to wait for a copy.
+    pub(super) fn may_block(&self, block: u32) -> bool {
+        let expected = self.schedule.expected(block);
+        expected.is_none_or(|slot| !self.executor.is_idle() || self.device.blocks_host(slot))
+    }
+
     pub(super) fn enter(&mut self, block: u32, compute: ComputeStream) -> Result<u32> {
         self.mark_origin(compute)?;
         let last = self.schedule.last_done();
         self.commands.clear();
         let entered = self.schedule.enter(block, &mut self.commands)?;
-        if let Some(number) = entered.number {
-            self.read_times(number);
-            self.active_timed = entered.timed.then_some(number);
-        }
+        self.active_timed = entered.number.filter(|_| entered.timed);
         self.run(compute, last)?;
         self.entered_on = compute;
         self.order.seen(block);
@@ -157,7 +160,7 @@ impl Core {
         self.commands.clear();
         if compute != self.last_compute {
             // Uses before this one ran on another stream: what comes must wait for those as well.
-            self.commands.extend(last.map(Command::WaitDone));
+            self.commands.extend(last.map(Command::Join));
         }
         let slot = self.schedule.exit(&mut self.commands)?;
         self.last_compute = compute;
@@ -197,6 +200,7 @@ impl Core {
 
     /// Runs the commands; `last` is the last *done* from before they were made.
     fn run(&mut self, compute: ComputeStream, last: Option<EventSlot>) -> Result<()> {
+        self.read_times();
         let done = self.executor.run(&self.commands, compute);
         done.inspect_err(|error| self.failed(error, compute, last))
     }
@@ -239,7 +243,7 @@ impl Core {
         let staging = self.executor.take_staging();
         let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
         let pins = (plan.resident == self.plan.resident).then_some(pins);
-        match Self::new(&device, spec, plan, arena, pins, staging) {
+        match Self::new(Arc::clone(&device), spec, plan, arena, pins, staging) {
             Ok(next) => {
                 self.order.take();
                 self.counters.rebuilds += 1;
@@ -249,7 +253,7 @@ impl Core {
             Err(error) => {
                 self.counters.errors += 1;
                 let (spec, plan) = (self.spec.clone(), self.plan.clone());
-                match Self::new(&device, spec, plan, self.arena, None, None) {
+                match Self::new(device, spec, plan, self.arena, None, None) {
                     Ok(old) => self.replace_by(old),
                     Err(second) => self.poison(second.to_string()),
                 }
@@ -294,11 +298,15 @@ impl Core {
         }
     }
 
-    /// Reads the times of the use that ran one cycle before `number`.
-    fn read_times(&mut self, number: u64) {
-        let cycle = u64::from(self.plan.program.cycle);
-        if let Some(before) = number.checked_sub(cycle) {
-            self.take_times(before);
+    /// Reads the times of uses whose marks the commands are about to move.
+    fn read_times(&mut self) {
+        for at in 0..self.commands.len() {
+            if let Command::CopyStart(slot) | Command::Ready { slot, .. } = self.commands[at] {
+                if let Some(number) = self.unread[index(slot.0)] {
+                    self.take_times(number);
+                    self.unread[index(slot.0)] = None;
+                }
+            }
         }
     }
 

@@ -64,7 +64,9 @@ impl CopySide {
             Command::CopyStart(slot) => self.device.mark_copy_start(slot),
             Command::Ready { slot, .. } => self.device.mark_ready(slot),
             Command::Poison { position } => self.poison(position),
-            Command::Cancel | Command::Acquire { .. } | Command::Release(_) => Ok(()),
+            Command::Cancel | Command::Join(_) | Command::Acquire { .. } | Command::Release(_) => {
+                Ok(())
+            }
         }
     }
 
@@ -104,11 +106,11 @@ impl Executor {
     ///
     /// [`Error::Invalid`] when the system refuses the staging thread.
     pub(super) fn new(copy_side: CopySide, capacity: usize) -> Result<Self> {
-        let staged = |copy: &Copy| !copy_side.weights[index(copy.tensor)].direct;
+        let indirect = |copy: &Copy| !copy_side.weights[index(copy.tensor)].direct;
         let program = &copy_side.program;
-        let staged_copies: Vec<bool> = program.copies.iter().map(staged).collect();
+        let staged_copies: Vec<bool> = program.copies.iter().map(indirect).collect();
         let staged_loads: Vec<bool> =
-            program.loads.iter().map(|loads| loads.iter().any(staged)).collect();
+            program.loads.iter().map(|loads| loads.iter().any(indirect)).collect();
         let any = staged_copies.iter().chain(&staged_loads).any(|&s| s);
         if any && copy_side.staging.is_none() {
             return Err(Error::Internal("weights to stage, but no staging chunks".into()));
@@ -141,12 +143,17 @@ impl Executor {
         for &command in commands {
             match command {
                 Command::Acquire { slot, ticket, timed } => {
+                    if timed {
+                        // Before the host blocks: its waiting is a stall like any other.
+                        self.device.mark_wait(slot, compute)?;
+                    }
                     if let Some(stager) = &self.stager {
                         stager.wait_issued(ticket)?;
                     }
                     self.device.wait_ready(slot, compute, timed)?;
                 }
                 Command::Release(slot) => self.device.mark_done(slot, compute)?,
+                Command::Join(slot) => self.device.wait_done(slot)?,
                 Command::Cancel => queue.iter().for_each(|stager| stager.cancel()),
                 copy_side => match queue {
                     Some(stager) => stager.push(copy_side),
@@ -156,6 +163,11 @@ impl Executor {
         }
         self.device.flush();
         Ok(())
+    }
+
+    /// Whether the staging thread has nothing to do.
+    pub(super) fn is_idle(&self) -> bool {
+        self.stager.as_ref().is_none_or(Stager::is_idle)
     }
 
     /// Runs a command of the copy side in the calling thread; the staging thread is idle.
@@ -175,9 +187,10 @@ impl Executor {
     /// The device's error; then nothing is known of what still runs.
     pub(super) fn recover(&self, commands: &[Command]) -> Result<()> {
         let queued = self.stager.as_ref().map_or_else(Vec::new, Stager::reset);
-        let is_wait = |command: &&Command| matches!(command, Command::WaitDone(_));
-        let mut waits = queued.iter().chain(commands).filter(is_wait);
-        waits.try_for_each(|&wait| self.copy_side.lock().run(wait))
+        queued.iter().chain(commands).try_for_each(|&command| match command {
+            Command::WaitDone(slot) | Command::Join(slot) => self.device.wait_done(slot),
+            _ => Ok(()),
+        })
     }
 
     /// Ends the staging thread; otherwise as [`Executor::recover`].

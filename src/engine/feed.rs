@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::plan::{Plan, Tensor};
 use crate::pool::{Pins, Span, Staging};
 
-/// Size of one staging chunk: large enough for the full rate of a link, small enough to overlap
-/// the read of one with the copy of another.
+/// Most bytes of one staging chunk: enough for the full rate of a link. At least two chunks fit the
+/// budget, so that one is read while the other is copied.
 const CHUNK_BYTES: u64 = 16 << 20;
 const LEAST_CHUNK_BYTES: u64 = 64 << 10;
 const MOST_CHUNKS: u32 = 64;
@@ -57,7 +57,8 @@ pub(super) fn staging_for(
         staging.restart();
         return Ok(Some(staging));
     }
-    let chunk_bytes = CHUNK_BYTES.min(spec.staging_bytes).max(LEAST_CHUNK_BYTES);
+    let half = spec.staging_bytes / 2 / LEAST_CHUNK_BYTES * LEAST_CHUNK_BYTES;
+    let chunk_bytes = half.clamp(LEAST_CHUNK_BYTES, CHUNK_BYTES);
     let count = u32::try_from(spec.staging_bytes / chunk_bytes).unwrap_or(u32::MAX);
     Staging::new(Arc::clone(device), count.clamp(1, MOST_CHUNKS), chunk_bytes).map(Some)
 }

@@ -9,6 +9,7 @@ mod schedule;
 mod stager;
 mod trace;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -94,7 +95,7 @@ impl Engine {
         }
         let plan = plan(&spec.profile, spec.budget_bytes)?;
         let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes())?;
-        let core = Core::new(&device, spec, plan, arena, None, None)?;
+        let core = Core::new(device, spec, plan, arena, None, None)?;
         Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
     }
 
@@ -127,6 +128,12 @@ impl Engine {
     /// Whether the order of use turned out to be another one than planned for.
     pub fn wants_rebuild(&self) -> bool {
         self.wants_rebuild.load(Ordering::Acquire)
+    }
+
+    /// Whether [`Engine::enter`] may block the calling thread now, so that a caller who holds a
+    /// lock of its own gives that up first.
+    pub fn may_block(&self, block: u32) -> bool {
+        self.core.try_lock().is_none_or(|core| core.may_block(block))
     }
 
     /// `block` begins on `compute`. After this returns, kernels enqueued on `compute` find its
@@ -228,7 +235,8 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // An error here has no one to go to; the device is released either way.
-        let _ = self.close();
+        // An error here has no one to go to, and a panic would end the process; the device is
+        // released either way.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.close()));
     }
 }

@@ -192,6 +192,13 @@ impl Schedule {
         Ok(Entered { position, slot, number: Some(number), skipped, on_demand, timed })
     }
 
+    /// The events of the predicted use, if it is of `block` and all of its copies are enqueued.
+    pub fn expected(&self, block: u32) -> Option<EventSlot> {
+        let issued = self.cycle() > 0 && self.issued > self.next;
+        let used = &self.program.uses[index(issued.then(|| self.position(self.next))?)];
+        (used.block == block).then(|| self.slot(self.next))
+    }
+
     /// The nearest use of `block` from the predicted one on.
     fn find(&self, block: u32) -> Option<u64> {
         let uses = &self.program.uses;
@@ -200,8 +207,8 @@ impl Schedule {
     }
 
     fn enter_dormant(&mut self, block: u32, out: &mut Vec<Command>) -> Result<Entered> {
-        let uses = self.program.uses.iter().enumerate().skip(index(self.program.cycle));
-        let Some((position, used)) = uses.into_iter().find(|(_, used)| used.block == block) else {
+        let mut dormant = self.program.uses.iter().enumerate().skip(index(self.program.cycle));
+        let Some((position, used)) = dormant.find(|(_, used)| used.block == block) else {
             return Err(Error::Misuse(format!("block {block} is not in the plan")));
         };
         let (position, alone) = (narrow(position), !used.copies.is_empty());

@@ -110,6 +110,10 @@ impl Plan {
 ///
 /// [`Error::BudgetTooSmall`] exactly when the largest block does not fit;
 /// [`Error::Invalid`] on a profile that makes no sense.
+///
+/// # Panics
+///
+/// If the plan exceeds the budget, which no input can bring about.
 pub fn plan(profile: &Profile, budget_bytes: u64) -> Result<Plan> {
     profile.check()?;
     let choice = residency::choose(profile, budget_bytes)?;
@@ -128,7 +132,7 @@ pub fn plan(profile: &Profile, budget_bytes: u64) -> Result<Plan> {
         resident: choice.resident,
         program,
     };
-    assert!(plan.arena_bytes() <= budget_bytes || plan.arena_bytes() == 0);
+    assert!(plan.arena_bytes() <= budget_bytes, "{plan:?} for {budget_bytes} bytes");
     Ok(plan)
 }
 

@@ -165,6 +165,7 @@ fn best_level(blocks: &Blocks, budget_bytes: u64, slots: u32) -> Option<Choice> 
         let even = make_even(blocks, &splits, slots);
         even.into_iter().chain([splits])
     });
+    let evened = evened.filter_map(|splits| fill(blocks, splits, budget_bytes, slots));
     let (_, splits) = evened
         .filter_map(|splits| {
             cost(&splits).map(|found| ((is_odd(blocks, &splits, slots), found), splits))
@@ -203,6 +204,31 @@ fn diffuse(
         carry = want - i128::from(blocks.splits(block)[splits[block]].0);
     }
     splits
+}
+
+/// What the budget still leaves over keeps more tensors resident, block by block; but no block
+/// whole, which would change how many uses stream.
+fn fill(
+    blocks: &Blocks,
+    mut splits: Vec<usize>,
+    budget_bytes: u64,
+    slots: u32,
+) -> Option<Vec<usize>> {
+    let streamed = blocks.streamed(&splits);
+    let slot_bytes = streamed.iter().copied().max().unwrap_or(0);
+    let kept = blocks.total_bytes - streamed.iter().sum::<u64>();
+    let used = kept.checked_add(u64::from(slots) * slot_bytes)?;
+    let mut spare = budget_bytes.checked_sub(used)?;
+    for &block in &blocks.sequence {
+        let sums = blocks.splits(block);
+        let before = splits[block];
+        if before > 0 {
+            let least = sums[before].0.saturating_sub(spare);
+            splits[block] = sums.partition_point(|(sum, _)| *sum < least).max(1);
+            spare -= sums[before].0 - sums[splits[block]].0;
+        }
+    }
+    Some(splits)
 }
 
 /// With two slots and an odd number of streamed uses, addresses change from pass to pass.

@@ -15,8 +15,10 @@ pub struct Span {
 
 /// The page-locked ranges of one engine; unlocked on drop.
 ///
-/// Tensors often share a page with their neighbour, and a page can be locked once only, so spans
-/// that touch are locked as one.
+/// Not a byte more than the tensors is registered. The driver refuses a copy of a range that is
+/// registered in part, so rounding out to pages would break the copies of whatever else lies in
+/// the last one (seen as "invalid argument" on the next tensor the caller made). Spans that
+/// overlap are locked as one, since a byte can be registered once only.
 #[derive(Debug)]
 pub struct Pins {
     device: Arc<dyn Device>,
@@ -38,14 +40,15 @@ impl Pins {
         let mut pins = Self::none(device);
         let mut left = budget_bytes;
         for range in merge(spans, budget_bytes, page) {
-            if range.bytes > left {
+            let pages = page_bytes(range.address, range.address + range.bytes, page);
+            if pages > left {
                 continue;
             }
             if pins.device.page_lock(range.address, range.bytes).is_err() {
                 pins.failed += 1;
                 break;
             }
-            left -= range.bytes;
+            left -= pages;
             pins.locked.push(range);
         }
         pins.locked.sort_by_key(|range| range.address);
@@ -61,7 +64,7 @@ impl Pins {
         }
     }
 
-    /// Page-locked bytes, in whole pages.
+    /// Page-locked bytes.
     pub fn bytes(&self) -> u64 {
         self.locked.iter().map(|range| range.bytes).sum()
     }
@@ -80,25 +83,28 @@ impl Drop for Pins {
     }
 }
 
-/// Rounds the spans that fit the budget out to pages and joins those that touch, by address.
+/// Bytes of the pages that a range touches: what the system locks for it.
+fn page_bytes(start: u64, end: u64, page: u64) -> u64 {
+    end.checked_next_multiple_of(page).map_or(u64::MAX, |end| end - start / page * page)
+}
+
+/// The spans that fit the budget, by address; those that overlap are joined.
 fn merge(spans: &[Span], budget_bytes: u64, page: u64) -> Vec<Span> {
     let mut taken = Vec::new();
     let mut left = budget_bytes;
     for span in spans.iter().filter(|span| span.bytes > 0) {
-        let start = span.address / page * page;
-        let Some(end) = (span.address + span.bytes).checked_next_multiple_of(page) else {
-            continue;
-        };
-        if end - start <= left {
-            left -= end - start;
-            taken.push((start, end));
+        let Some(end) = span.address.checked_add(span.bytes) else { continue };
+        let pages = page_bytes(span.address, end, page);
+        if pages <= left {
+            left -= pages;
+            taken.push((span.address, end));
         }
     }
     taken.sort_unstable();
     let mut merged: Vec<(u64, u64)> = Vec::new();
     for (start, end) in taken {
         match merged.last_mut() {
-            Some(last) if start <= last.1 => last.1 = last.1.max(end),
+            Some(last) if start < last.1 => last.1 = last.1.max(end),
             _ => merged.push((start, end)),
         }
     }
@@ -110,9 +116,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_in_one_page_are_locked_as_one() {
-        let spans = [Span { address: 4000, bytes: 200 }, Span { address: 4200, bytes: 100 }];
-        assert_eq!(merge(&spans, 1 << 20, 4096), [Span { address: 0, bytes: 8192 }]);
+    fn not_a_byte_more_than_the_tensors_is_registered() {
+        let spans = [Span { address: 4000, bytes: 200 }, Span { address: 4300, bytes: 100 }];
+        assert_eq!(merge(&spans, 1 << 20, 4096), spans);
+    }
+
+    #[test]
+    fn spans_that_overlap_are_locked_as_one() {
+        let spans = [Span { address: 4000, bytes: 200 }, Span { address: 4100, bytes: 200 }];
+        assert_eq!(merge(&spans, 1 << 20, 4096), [Span { address: 4000, bytes: 300 }]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Any device of which some calls fail, once each, without having done anything.
+//! Any device of which some calls fail, once each, without having done anything, and whose reads
+//! can be held back.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dgls_core::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
 use dgls_core::{Error, Result};
+use parking_lot::{Condvar, Mutex};
 
 /// Fails the calls with the given numbers, counted over all fallible calls.
 #[derive(Debug)]
@@ -14,11 +16,26 @@ pub(crate) struct Flaky {
     failing: BTreeSet<u64>,
     calls: AtomicU64,
     fired: AtomicU64,
+    held: Mutex<bool>,
+    let_go: Condvar,
 }
 
 impl Flaky {
     pub(crate) fn new(inner: Arc<dyn Device>, failing: BTreeSet<u64>) -> Self {
-        Self { inner, failing, calls: AtomicU64::new(0), fired: AtomicU64::new(0) }
+        Self {
+            inner,
+            failing,
+            calls: AtomicU64::new(0),
+            fired: AtomicU64::new(0),
+            held: Mutex::new(false),
+            let_go: Condvar::new(),
+        }
+    }
+
+    /// Whether the staging thread is held back at its next read.
+    pub(crate) fn hold(&self, held: bool) {
+        *self.held.lock() = held;
+        self.let_go.notify_all();
     }
 
     /// How many calls have failed.
@@ -60,6 +77,10 @@ impl Device for Flaky {
         self.attempt("mark_ready")?;
         self.inner.mark_ready(slot)
     }
+    fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        self.attempt("mark_wait")?;
+        self.inner.mark_wait(slot, compute)
+    }
     fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
         self.attempt("wait_ready")?;
         self.inner.wait_ready(slot, compute, timed)
@@ -70,6 +91,9 @@ impl Device for Flaky {
     }
     fn flush(&self) {
         self.inner.flush();
+    }
+    fn blocks_host(&self, slot: EventSlot) -> bool {
+        self.inner.blocks_host(slot)
     }
     fn takes(&self, source: Source, page_locked: bool) -> bool {
         self.inner.takes(source, page_locked)
@@ -83,6 +107,7 @@ impl Device for Flaky {
     }
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.attempt("read")?;
+        self.let_go.wait_while(&mut self.held.lock(), |held| *held);
         self.inner.read(source, address, bytes)
     }
     fn mark_chunk(&self, chunk: u32) -> Result<()> {

@@ -1,9 +1,18 @@
 //! The integration tests, as one binary.
 
+mod allocation;
+mod cuda_fake;
+mod cuda_faults;
+mod fake;
 mod flaky;
+mod host;
+mod lagging;
+mod overlap;
 mod plan;
 mod random;
 mod simulation;
 mod stack;
+mod tidy;
 mod watchdog;
+mod weights;
 mod world;

@@ -10,6 +10,12 @@ use std::time::Duration;
 const HANG: Duration = Duration::from_secs(120);
 const THREADS: u64 = 2;
 
+/// How many times as many seeds to run: `DGLS_SEEDS=100 cargo test` for a night.
+pub(crate) fn factor() -> u64 {
+    let text = std::env::var("DGLS_SEEDS").unwrap_or_else(|_| "1".into());
+    text.parse().expect("DGLS_SEEDS is a whole number")
+}
+
 /// Runs `body` for each seed of `0..seeds` and gives back what it returned, in order of end.
 pub(crate) fn for_seeds<T: Send + 'static>(
     seeds: u64,

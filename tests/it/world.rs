@@ -48,9 +48,8 @@ impl Setup {
 pub(crate) struct Outcome {
     pub(crate) seed: u64,
     pub(crate) violations: Vec<String>,
-    /// Something was streamed through two slots.
-    pub(crate) streams_in_two: bool,
-    pub(crate) streams: bool,
+    /// The most slots of any plan of the run; 0 when nothing was streamed.
+    pub(crate) slots: u32,
     pub(crate) errors: u64,
     pub(crate) poisoned: bool,
     pub(crate) rebuilds: u64,
@@ -78,8 +77,7 @@ struct World {
     faults_seen: u64,
     rebuilds: u64,
     poisoned: bool,
-    streams_in_two: bool,
-    streams: bool,
+    slots: u32,
 }
 
 /// Runs the seed and checks what holds at every moment; hazards are returned.
@@ -88,8 +86,7 @@ pub(crate) fn run(seed: u64, setup: &Setup) -> Outcome {
         return Outcome {
             seed,
             violations: Vec::new(),
-            streams_in_two: false,
-            streams: false,
+            slots: 0,
             errors: 1,
             poisoned: false,
             rebuilds: 0,
@@ -171,8 +168,7 @@ impl World {
             errors: 0,
             rebuilds: 0,
             poisoned: false,
-            streams_in_two: false,
-            streams: false,
+            slots: 0,
             random,
             stack,
             sim,
@@ -191,9 +187,9 @@ impl World {
         self.plan = self.engine.plan();
         self.layout = self.engine.layout();
         assert!(self.plan.arena_bytes() <= self.budget, "{:?} for {}", self.plan, self.budget);
-        let streams = self.plan.streamed_bytes > 0;
-        self.streams |= streams;
-        self.streams_in_two |= streams && self.plan.slots == 2;
+        if self.plan.streamed_bytes > 0 {
+            self.slots = self.slots.max(self.plan.slots);
+        }
     }
 
     fn pass(&mut self) {
@@ -251,6 +247,7 @@ impl World {
         let stream = self.stream;
         // An exception may be caught and the block tried again.
         for _ in 0..3 {
+            let _: bool = self.engine.may_block(block);
             let entered = self.engine.enter(block, stream);
             if let Some(position) = self.judge(entered) {
                 self.compute(block, position);
@@ -312,9 +309,16 @@ impl World {
     /// Another budget in another arena; sometimes in the same one, or one that is impossible.
     fn rebuild(&mut self, budget: u64) {
         if self.random.chance(5) {
-            let (least, all) = self.stack.budgets();
-            let refused = self.engine.rebuild(least - 1, self.arena.0, self.arena.1);
-            assert!(matches!(refused, Err(Error::BudgetTooSmall { .. })) || all == 0);
+            let (least, _) = self.stack.budgets();
+            match self.engine.rebuild(least - 1, self.arena.0, self.arena.1) {
+                Err(Error::BudgetTooSmall { .. }) => {}
+                other => {
+                    // The last error was final, which only the next call tells.
+                    assert!(matches!(other, Err(Error::Poisoned(_))), "{other:?}");
+                    self.judge(other);
+                    return;
+                }
+            }
         }
         let keep = budget <= self.arena.1 && self.random.chance(30);
         let next = if keep { self.arena } else { (self.next_arena, budget) };
@@ -370,9 +374,10 @@ impl World {
         assert!(counters.mispredicted <= counters.uses);
         assert!(self.flaky.fired() > 0 || counters.errors == 0);
         assert!(counters.uses == 0 || self.entered == 0 || stats.copies > 0);
+        let poisoned = matches!(self.engine.reload(0), Err(Error::Poisoned(_)));
         let closed = self.engine.close();
         assert!(closed.is_ok() || self.flaky.fired() > 0, "{closed:?}");
-        if closed.is_ok() && !self.poisoned && !self.occupied {
+        if closed.is_ok() && !poisoned && !self.occupied {
             self.sim.retire_arena(self.arena.0, self.arena.1);
         }
         self.engine.close().expect("closing twice does nothing");
@@ -380,10 +385,9 @@ impl World {
         Outcome {
             seed,
             violations: self.sim.violations(),
-            streams_in_two: self.streams_in_two,
-            streams: self.streams,
+            slots: self.slots,
             errors: self.errors,
-            poisoned: self.poisoned,
+            poisoned,
             rebuilds: self.rebuilds,
         }
     }

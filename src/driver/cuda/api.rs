@@ -72,9 +72,10 @@ table! {
 ///
 /// `T` must be the type of the function that `symbol` names; the name ends in a NUL.
 unsafe fn find<T: Copy>(symbol: &str) -> Result<T> {
-    // SAFETY: the library was found present before; the caller vouches for the type.
-    let found = unsafe { sys::culib().get::<T>(symbol.as_bytes()) };
-    match found {
+    // SAFETY: the library was found present before.
+    let library = unsafe { sys::culib() };
+    // SAFETY: the caller vouches for the type.
+    match unsafe { library.get::<T>(symbol.as_bytes()) } {
         Ok(function) => Ok(*function),
         Err(_) => Err(Error::NoDriver(format!(
             "the driver library lacks {}; a driver for CUDA 11.2 or newer is needed",

@@ -98,11 +98,16 @@ impl CudaDevice {
 
     /// Frees what [`CudaDevice::allocate`] gave.
     pub fn free(&self, address: u64) {
-        if self.primary.bind().is_ok() {
-            // SAFETY: from `allocate`, freed once by its caller.
-            let _ = unsafe { (self.primary.api.cuMemFree_v2)(address) };
-        }
+        // On a lost device binding fails, and freeing may still work.
+        let _bound = self.primary.bind();
+        // SAFETY: from `allocate`, freed once by its caller.
+        let _ = unsafe { (self.primary.api.cuMemFree_v2)(address) };
     }
+}
+
+/// Records an event, if there is one, on the compute stream.
+fn record(event: Option<&Event>, compute: ComputeStream) -> Result<()> {
+    event.map_or(Ok(()), |event| event.record(index(compute.0) as api::Stream))
 }
 
 impl Device for CudaDevice {
@@ -111,7 +116,7 @@ impl Device for CudaDevice {
         let api = self.primary.api;
         let flags = if self.timing { EVENT_TIMED } else { EVENT_UNTIMED };
         let timed = || if self.timing { Event::new(api, flags).map(Some) } else { Ok(None) };
-        let make = |_| {
+        let new_slot = |_| {
             Ok(Slot {
                 copy_start: timed()?,
                 ready: Event::new(api, flags)?,
@@ -120,7 +125,7 @@ impl Device for CudaDevice {
                 done: Event::new(api, flags)?,
             })
         };
-        let made: Vec<Slot> = (0..slots).map(make).collect::<Result<_>>()?;
+        let made: Vec<Slot> = (0..slots).map(new_slot).collect::<Result<_>>()?;
         let ends = (0..chunks).map(|_| Event::new(api, EVENT_BLOCKING)).collect::<Result<_>>()?;
         *self.clock.lock() = if self.timing {
             let (origin, next) = (Event::new(api, flags)?, Event::new(api, flags)?);
@@ -175,16 +180,14 @@ impl Device for CudaDevice {
         self.on(slot, |events| events.ready.record(self.copy_stream.raw))
     }
 
+    fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
+        self.on(slot, |events| record(events.wait.as_ref(), compute))
+    }
+
     fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
-        let stream = index(compute.0) as api::Stream;
-        let record = |event: &Option<Event>| match event {
-            Some(event) if timed => event.record(stream),
-            _ => Ok(()),
-        };
         self.on(slot, |events| {
-            record(&events.wait)?;
-            events.ready.hold(stream)?;
-            record(&events.start)
+            events.ready.hold(index(compute.0) as api::Stream)?;
+            record(events.start.as_ref().filter(|_| timed), compute)
         })
     }
 
@@ -208,10 +211,9 @@ impl Device for CudaDevice {
     }
 
     fn free_chunk(&self, address: u64, _bytes: u64) {
-        if self.primary.bind().is_ok() {
-            // SAFETY: from `allocate_chunk`, freed once by `Staging`, after its copies ended.
-            let _ = unsafe { (self.primary.api.cuMemFreeHost)(index(address) as *mut c_void) };
-        }
+        let _bound = self.primary.bind();
+        // SAFETY: from `allocate_chunk`, freed once by `Staging`, after its copies ended.
+        let _ = unsafe { (self.primary.api.cuMemFreeHost)(index(address) as *mut c_void) };
     }
 
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
@@ -257,11 +259,9 @@ impl Device for CudaDevice {
     }
 
     fn page_unlock(&self, address: u64, _bytes: u64) {
-        if self.primary.bind().is_ok() {
-            // SAFETY: from `page_lock`, undone once by `Pins`, after its copies ended.
-            let _ =
-                unsafe { (self.primary.api.cuMemHostUnregister)(index(address) as *mut c_void) };
-        }
+        let _bound = self.primary.bind();
+        // SAFETY: from `page_lock`, undone once by `Pins`, after its copies ended.
+        let _ = unsafe { (self.primary.api.cuMemHostUnregister)(index(address) as *mut c_void) };
     }
 
     fn times(&self, slot: EventSlot) -> Option<UseTimes> {
@@ -291,11 +291,10 @@ impl Device for CudaDevice {
 impl Drop for CudaDevice {
     fn drop(&mut self) {
         // Events and the stream are released with the context current; work ends before.
-        if let Ok(_bound) = self.primary.bind() {
-            let _ = self.copy_stream.synchronize();
-            self.slots.lock().clear();
-            self.chunks.lock().clear();
-            *self.clock.lock() = None;
-        }
+        let _bound = self.primary.bind();
+        let _ = self.copy_stream.synchronize();
+        self.slots.lock().clear();
+        self.chunks.lock().clear();
+        *self.clock.lock() = None;
     }
 }

@@ -23,7 +23,7 @@ pub fn page_bytes() -> u64 {
 ///
 /// # Errors
 ///
-/// [`Error::PageLock`] with the system's reason, usually RLIMIT_MEMLOCK.
+/// [`Error::PageLock`] with the system's reason, usually `RLIMIT_MEMLOCK`.
 pub fn lock(address: u64, bytes: u64) -> Result<()> {
     // SAFETY: mlock checks the range and fails on unmapped addresses; it writes nothing.
     match unsafe { sys::dgls_host_lock(address, bytes) } {

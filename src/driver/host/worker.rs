@@ -11,6 +11,9 @@ use crate::driver::{EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
 
+/// To wake a thread takes as long as to copy about this much.
+const INLINE_BYTES: u64 = 32 << 10;
+
 /// One entry of the queue.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Op {
@@ -19,6 +22,17 @@ pub(super) enum Op {
     CopyStart(EventSlot),
     Ready(EventSlot),
     Stop,
+}
+
+impl Op {
+    /// Bytes to move; reading a file counts as more than any copy.
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Copy { source: Source::File { .. }, .. } => u64::MAX,
+            Self::Copy { bytes, .. } | Self::Fill { bytes, .. } => bytes,
+            Self::CopyStart(_) | Self::Ready(_) | Self::Stop => 0,
+        }
+    }
 }
 
 /// The marks of one use. `ready_enqueued > ready_passed` while its copies are under way.
@@ -33,6 +47,7 @@ struct Marks {
 #[derive(Debug)]
 struct State {
     queue: VecDeque<Op>,
+    queued_bytes: u64,
     busy: bool,
     marks: Vec<Marks>,
     /// Error of the copies since the last `Ready`; it belongs to the next one.
@@ -51,7 +66,13 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(options: HostOptions) -> Self {
-        let state = State { queue: VecDeque::new(), busy: false, marks: Vec::new(), error: None };
+        let state = State {
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            busy: false,
+            marks: Vec::new(),
+            error: None,
+        };
         Self {
             state: Mutex::new(state),
             work: Condvar::new(),
@@ -77,13 +98,48 @@ impl Shared {
 
     /// Adds to the queue; the thread is woken by `flush`, or by whoever waits.
     pub(super) fn push(&self, op: Op) {
-        self.state.lock().queue.push_back(op);
+        let mut state = self.state.lock();
+        state.queued_bytes = state.queued_bytes.saturating_add(op.bytes());
+        state.queue.push_back(op);
     }
 
+    /// What was enqueued begins: in the thread, or here and now if that costs less than waking it.
     pub(super) fn flush(&self) {
-        if !self.state.lock().queue.is_empty() {
-            self.work.notify_one();
+        let mut state = self.state.lock();
+        if state.queue.is_empty() {
+            return;
         }
+        if state.busy || state.queued_bytes > INLINE_BYTES || self.options.copy_bytes_per_s > 0 {
+            self.work.notify_one();
+            return;
+        }
+        while let Some(op) = state.queue.pop_front() {
+            match op {
+                Op::Copy { source, target, bytes } => {
+                    if let Err(error) = self.read(source, target, bytes) {
+                        state.error.get_or_insert(error);
+                    }
+                }
+                Op::Fill { target, bytes, value } => shim::fill(target, value, bytes),
+                Op::CopyStart(slot) => {
+                    state.marks[index(slot.0)].times.copy_start_ns = self.now_ns();
+                }
+                Op::Ready(slot) => self.pass_ready(&mut state, slot),
+                Op::Stop => {
+                    state.queue.push_front(Op::Stop);
+                    self.work.notify_one();
+                    return;
+                }
+            }
+        }
+        state.queued_bytes = 0;
+    }
+
+    /// Whether `wait_ready` would have to wait.
+    pub(super) fn is_pending(&self, slot: EventSlot) -> bool {
+        let state = self.state.lock();
+        let marks = &state.marks[index(slot.0)];
+        marks.ready_passed < marks.ready_enqueued
     }
 
     pub(super) fn mark_ready(&self, slot: EventSlot) {
@@ -98,8 +154,12 @@ impl Shared {
         }
     }
 
+    pub(super) fn mark_wait(&self, slot: EventSlot) {
+        let now_ns = self.now_ns();
+        self.state.lock().marks[index(slot.0)].times.wait_ns = now_ns;
+    }
+
     pub(super) fn wait_ready(&self, slot: EventSlot, timed: bool) -> Result<()> {
-        let arrived_ns = if timed { self.now_ns() } else { 0 };
         let mut state = self.state.lock();
         let target = state.marks[index(slot.0)].ready_enqueued;
         while state.marks[index(slot.0)].ready_passed < target {
@@ -108,7 +168,6 @@ impl Shared {
         }
         let marks = &mut state.marks[index(slot.0)];
         if timed {
-            marks.times.wait_ns = arrived_ns;
             marks.times.start_ns = self.now_ns();
         }
         marks.error.clone().map_or(Ok(()), Err)
@@ -163,6 +222,7 @@ impl Shared {
                     self.work.wait(&mut state);
                 }
                 std::mem::swap(&mut batch, &mut state.queue);
+                state.queued_bytes = 0;
                 let room = batch.capacity();
                 state.queue.reserve(room);
                 state.busy = true;

@@ -1,0 +1,145 @@
+//! Weights with bytes to tell apart, in memory and in a file, and a look at what arrived.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dgls_core::driver::Source;
+use dgls_core::driver::host::shim::{Pages, copy};
+use dgls_core::engine::Engine;
+
+use crate::random::Random;
+use crate::stack::{Stack, index};
+
+/// A model's weights, one tensor behind the other.
+pub(crate) struct Weights {
+    pub(crate) stack: Stack,
+    pages: Pages,
+    offsets: Vec<u64>,
+}
+
+impl Weights {
+    pub(crate) fn new(stack: Stack, seed: u64) -> Self {
+        let mut end = 0;
+        let mut offsets = Vec::new();
+        for tensor in &stack.profile.tensors {
+            offsets.push(end);
+            end += tensor.bytes;
+        }
+        let weights = Self { stack, pages: Pages::new(end).expect("host memory"), offsets };
+        for tensor in 0..weights.offsets.len() {
+            weights.rewrite(tensor, seed);
+        }
+        weights
+    }
+
+    /// Puts other bytes into a tensor.
+    pub(crate) fn rewrite(&self, tensor: usize, seed: u64) {
+        let mut random = Random::new(seed ^ (tensor as u64) << 32);
+        let bytes = usize::try_from(self.stack.bytes(tensor)).expect("small");
+        let mut fresh: Vec<u8> = Vec::with_capacity(bytes + 8);
+        while fresh.len() < bytes {
+            fresh.extend(random.next().to_le_bytes());
+        }
+        copy(self.address(tensor), fresh.as_ptr() as u64, bytes as u64);
+    }
+
+    pub(crate) fn address(&self, tensor: usize) -> u64 {
+        self.pages.address() + self.offsets[tensor]
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.pages.bytes()
+    }
+
+    pub(crate) fn in_memory(&self) -> Vec<Source> {
+        (0..self.offsets.len())
+            .map(|tensor| Source::Memory { address: self.address(tensor) })
+            .collect()
+    }
+
+    pub(crate) fn in_file(&self) -> Vec<Source> {
+        self.offsets.iter().map(|&offset| Source::File { file: 0, offset }).collect()
+    }
+
+    pub(crate) fn contents(&self) -> Vec<u8> {
+        bytes_at(self.pages.address(), self.pages.bytes())
+    }
+
+    pub(crate) fn tensor(&self, tensor: usize) -> Vec<u8> {
+        bytes_at(self.address(tensor), self.stack.bytes(tensor))
+    }
+
+    /// The tensors of a block and where the plan's `position` has them in the arena.
+    pub(crate) fn places(
+        &self,
+        layout: &[(u32, Vec<u64>)],
+        position: u32,
+    ) -> impl Iterator<Item = (usize, u64)> {
+        let (block, offsets) = &layout[index(position)];
+        self.stack.tensors[index(*block)].clone().into_iter().zip(offsets.clone())
+    }
+
+    /// Enters a block on a device whose kernels are the calling thread, compares, and leaves it.
+    pub(crate) fn use_block(
+        &self,
+        engine: &Engine,
+        arena: u64,
+        block: u32,
+    ) -> dgls_core::Result<()> {
+        let compute = dgls_core::driver::ComputeStream(0);
+        let position = engine.enter(block, compute)?;
+        let layout = engine.layout();
+        assert_eq!(layout[index(position)].0, block);
+        for (tensor, offset) in self.places(&layout, position) {
+            let found = bytes_at(arena + offset, self.stack.bytes(tensor));
+            assert!(found == self.tensor(tensor), "tensor {tensor} of block {block}");
+        }
+        engine.exit(compute)
+    }
+
+    /// A whole pass in order.
+    pub(crate) fn pass(&self, engine: &Engine, arena: u64) -> dgls_core::Result<()> {
+        engine.begin_pass();
+        for &block in &self.stack.profile.order {
+            self.use_block(engine, arena, block)?;
+        }
+        engine.end_pass();
+        Ok(())
+    }
+}
+
+/// A copy of what lies at an address.
+pub(crate) fn bytes_at(address: u64, bytes: u64) -> Vec<u8> {
+    let found = vec![0_u8; usize::try_from(bytes).expect("small")];
+    let found = std::hint::black_box(found);
+    copy(found.as_ptr() as u64, address, bytes);
+    std::hint::black_box(found)
+}
+
+/// A file in the temporary folder, removed on drop.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    pub(crate) fn new(contents: &[u8]) -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::SeqCst);
+        let name = format!("dgls-it-{}-{count}.bin", std::process::id());
+        let scratch = Self(std::env::temp_dir().join(name));
+        std::fs::write(&scratch.0, contents).expect("the temporary folder is writable");
+        scratch
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        self.0.to_str().expect("a UTF-8 path")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
