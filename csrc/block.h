@@ -27,14 +27,37 @@ class Ref {
   PyObject* object_ = nullptr;
 };
 
+// Keeps an exception that is already set while more Python runs.
+class KeepError {
+ public:
+  KeepError() { PyErr_Fetch(&type_, &value_, &trace_); }
+  ~KeepError() {
+    if (type_ != nullptr) PyErr_Restore(type_, value_, trace_);
+  }
+  KeepError(const KeepError&) = delete;
+  KeepError& operator=(const KeepError&) = delete;
+
+ private:
+  PyObject* type_ = nullptr;
+  PyObject* value_ = nullptr;
+  PyObject* trace_ = nullptr;
+};
+
 // How one tensor of a block is bound: as the attribute `data` of a parameter, whose identity then
 // never changes, or, where a tensor of another kind has to take its place (meta parameters,
 // wrapper subclasses), as an entry of the module's dict of parameters.
 struct Target {
   Ref object;
   Ref key;
-  bool is_dict;
+  bool is_dict = false;
   Ref master;
+  // Where the master's bytes lie; 0 if only the object is known.
+  unsigned long long address = 0;
+  // Its bytes come from a file: a change of the master does not reach them.
+  bool is_filed = false;
+  // Tensors whose version tells of a change in place, and the versions that the device has.
+  std::vector<Ref> watched;
+  std::vector<unsigned long long> versions;
 };
 
 struct Block {
@@ -43,14 +66,19 @@ struct Block {
   std::string name;
   Ref module;  // a weak reference: the module owns the hook
   Ref on_rebuild;
-  Ref increment_version;
+  Ref increment_versions;
   std::vector<Target> targets;
   std::vector<std::vector<Ref>> views;  // by position of the program
+  uint64_t layout = 0;                  // the state's, when the views were made
   bool is_open = true;
   bool is_bound = false;
-  // Taken back while it ran: another block began, or the engine was closed.
-  bool is_stolen = false;
+  unsigned long owner = 0;  // the thread that it is bound for
+  // Threads whose use was taken back while it ran: another block began, or the engine was closed.
+  std::vector<unsigned long> stolen_from;
   bool had_grad_mode = false;
+  uint32_t position = 0;
+  // Versions of what stands in for masters, when it was bound.
+  std::vector<unsigned long long> bound_versions;
   uint64_t stream = 0;
 
   ~Block();
@@ -59,7 +87,7 @@ struct Block {
   bool is_for(PyObject* module_object) const;
 
   // Binds the views of a position; on failure all masters are bound and an exception is set.
-  bool bind(uint32_t position);
+  bool bind(uint32_t at);
 
   // Binds the masters; goes on after a failure, then reports it.
   bool unbind();
@@ -69,6 +97,33 @@ struct Block {
 
   // Sets an exception if grad mode is on and a parameter requires grad.
   bool allows_grad_mode();
+
+  // Takes the masters as they are now for what the device will have.
+  bool note_masters();
+
+  // Sets `changed` if a master was changed in place; sets an exception if one was replaced, or
+  // streams from a file that the change did not reach.
+  bool check_masters(bool& changed);
+
+  // Takes the versions of what is about to be bound.
+  bool note_bound(uint32_t at);
+
+  // Whether the block wrote to its weights while it ran: the write went to the arena and is lost.
+  // Sets an exception then.
+  bool wrote_weights();
+
+  // Makes backward refuse what it saved of the weights: they are about to be overwritten.
+  bool invalidate_saved();
+
+  // Whether a tensor in the block's output lies in the arena, where the next block's weights come
+  // to lie; sets an exception then.
+  bool returns_weights(const State& in, PyObject* output, int depth) const;
+
+  // Drops all that it holds: a copy of the model may keep the hook, and must not keep the arena.
+  void let_go();
+
+  // Forgets that a use of this thread was taken back; whether one was.
+  bool forget_stolen(unsigned long thread);
 };
 
 }  // namespace dgls

@@ -1,6 +1,8 @@
 // The hooks as METH_FASTCALL builtins bound to a capsule, and the functions that make them.
 #include "hooks.h"
 
+#include <exception>
+
 #include "block.h"
 
 namespace dgls {
@@ -16,21 +18,33 @@ void free_block(PyObject* capsule) {
   delete block_of(capsule);
 }
 
-// Runs `body` without the GIL; a C++ exception becomes RuntimeError.
+// Runs `body`; a C++ exception becomes RuntimeError.
+template <typename Body>
+bool guarded(Body body) {
+  try {
+    body();
+    return true;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return false;
+  }
+}
+
+// As `guarded`, without the GIL: for what may block. To give it up and take it back costs more than
+// most calls.
 template <typename Body>
 bool without_gil(Body body) {
-  std::string message;
-  bool ok = true;
+  std::exception_ptr thrown;
   PyThreadState* thread = PyEval_SaveThread();
   try {
     body();
-  } catch (const std::exception& error) {
-    message = error.what();
-    ok = false;
+  } catch (...) {
+    thrown = std::current_exception();
   }
   PyEval_RestoreThread(thread);
-  if (!ok) PyErr_SetString(PyExc_RuntimeError, message.c_str());
-  return ok;
+  return guarded([&] {
+    if (thrown) std::rethrow_exception(thrown);
+  });
 }
 
 // Another use never ended: an exception such as KeyboardInterrupt left its block, or blocks run
@@ -50,20 +64,24 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
   Block* block = block_of(capsule);
   if (block == nullptr) return nullptr;
   if (count < 1 || !block->is_open || !block->is_for(args[0])) Py_RETURN_NONE;
-  State& state = *block->state;
-  block->is_stolen = false;
-  if (!take_back_active(state) || !block->allows_grad_mode() || !rebuild_if_wanted(*block)) {
+  const std::shared_ptr<State> held = block->state;  // another thread may detach meanwhile
+  State& state = *held;
+  block->forget_stolen(PyThread_get_thread_ident());
+  bool changed = false;
+  if (!take_back_active(state) || !block->allows_grad_mode() || !block->check_masters(changed) ||
+      !rebuild_if_wanted(*block)) {
     return nullptr;
   }
   uint32_t position = 0;
-  const bool entered = without_gil([&] {
+  const auto enter = [&] {
+    if (changed) state.engine->reload(block->index);
     block->stream = current_stream(state.stream_device);
     position = state.engine->enter(block->index, block->stream);
-  });
-  if (!entered) {
-    return nullptr;
-  }
-  if (!block->bind(position)) {
+  };
+  const bool may_block = changed || state.engine->may_block(block->index);
+  if (!(may_block ? without_gil(enter) : guarded(enter))) return nullptr;
+  if (!block->is_open || !block->bind(position)) {
+    if (!block->is_open) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
     try {
       state.engine->exit(block->stream);
     } catch (const std::exception&) {
@@ -74,39 +92,36 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
   Py_RETURN_NONE;
 }
 
-// What backward saved of these tensors is about to be overwritten: make torch say so, not use it.
-bool invalidate_saved(const Block& block) {
-  for (const Target& target : block.targets) {
-    if (target.is_dict) continue;
-    PyObject* done =
-        PyObject_CallFunctionObjArgs(block.increment_version.get(), target.object.get(), nullptr);
-    if (done == nullptr) return false;
-    Py_DECREF(done);
-  }
-  return true;
-}
-
 PyObject* after_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
   Block* block = block_of(capsule);
   if (block == nullptr) return nullptr;
   if (count < 1 || !block->is_for(args[0])) Py_RETURN_NONE;
-  if (!block->is_bound) {
-    if (!block->is_stolen) Py_RETURN_NONE;  // it never began: the pre-hook has said why
-    block->is_stolen = false;
+  const unsigned long thread = PyThread_get_thread_ident();
+  if (!block->is_bound || block->owner != thread) {
+    // Unless its use was stolen it never began, and the pre-hook has said why.
+    if (!block->forget_stolen(thread)) Py_RETURN_NONE;
     return PyErr_Format(PyExc_RuntimeError,
                         "dgls: block '%s' was still running when another block began or the "
                         "engine was closed; blocks cannot run inside each other or in two threads "
                         "at once: exclude one of them",
                         block->name.c_str());
   }
-  const bool versions_ok = !block->had_grad_mode || invalidate_saved(*block);
-  const bool unbound = block->unbind();
-  State& state = *block->state;
-  const bool exited = without_gil([&] {
+  const std::shared_ptr<State> held = block->state;
+  State& state = *held;
+  const bool wrote = block->wrote_weights();
+  bool ok = !wrote;
+  {
+    const KeepError keep;
+    ok = block->unbind() && ok;
+  }
+  ok = ok && (count < 3 || !block->returns_weights(state, args[2], 0));
+  ok = ok && (!block->had_grad_mode || block->invalidate_saved());
+  const bool exited = guarded([&] {
     block->stream = current_stream(state.stream_device);
     state.engine->exit(block->stream);
+    if (wrote) state.engine->reload(block->index);
   });
-  if (!versions_ok || !unbound || !exited) return nullptr;
+  if (!ok || !exited) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -121,9 +136,22 @@ bool read_targets(PyObject* list, std::vector<Target>& targets) {
   const Py_ssize_t count = PyList_Size(list);
   if (count < 0) return false;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject *object = nullptr, *key = nullptr, *master = nullptr;
-    if (!PyArg_ParseTuple(PyList_GetItem(list, i), "OOO", &object, &key, &master)) return false;
-    targets.push_back(Target{Ref(object), Ref(key), key != Py_None, Ref(master)});
+    PyObject *object = nullptr, *key = nullptr, *master = nullptr, *watched = nullptr;
+    int is_filed = 0;
+    if (!PyArg_ParseTuple(PyList_GetItem(list, i), "OOOO!p", &object, &key, &master, &PyList_Type,
+                          &watched, &is_filed)) {
+      return false;
+    }
+    Target target;
+    target.object = Ref(object);
+    target.key = Ref(key);
+    target.is_dict = key != Py_None;
+    target.master = Ref(master);
+    target.is_filed = is_filed != 0;
+    for (Py_ssize_t j = 0; j < PyList_Size(watched); ++j) {
+      target.watched.push_back(Ref(PyList_GetItem(watched, j)));
+    }
+    targets.push_back(std::move(target));
   }
   return true;
 }
@@ -148,12 +176,12 @@ PyObject* make_hooks(PyObject*, PyObject* args) {
   block->index = index;
   block->name = name;
   block->on_rebuild = Ref(on_rebuild);
-  block->increment_version = Ref(increment);
+  block->increment_versions = Ref(increment);
   PyObject* weak = PyWeakref_NewRef(module, nullptr);
   if (weak == nullptr) return nullptr;
   block->module = Ref(weak);
   Py_DECREF(weak);
-  if (!read_targets(targets, block->targets)) return nullptr;
+  if (!read_targets(targets, block->targets) || !block->note_masters()) return nullptr;
   PyObject* capsule = PyCapsule_New(block.get(), kCapsule, free_block);
   if (capsule == nullptr) return nullptr;
   block.release();
@@ -179,6 +207,14 @@ PyObject* set_views(PyObject*, PyObject* args) {
     for (Py_ssize_t j = 0; j < size; ++j) views.back().push_back(Ref(PyList_GetItem(list, j)));
   }
   block->views.swap(views);
+  if (block->state) block->layout = block->state->layout;
+  Py_RETURN_NONE;
+}
+
+PyObject* shut(PyObject*, PyObject* capsule) {
+  Block* block = block_of(capsule);
+  if (block == nullptr) return nullptr;
+  block->is_open = false;
   Py_RETURN_NONE;
 }
 
@@ -188,7 +224,7 @@ PyObject* unhook(PyObject*, PyObject* capsule) {
   if (block == nullptr) return nullptr;
   block->is_open = false;
   const bool ok = block->take_back();
-  std::vector<std::vector<Ref>>().swap(block->views);
+  block->let_go();
   if (!ok) return nullptr;
   Py_RETURN_NONE;
 }
@@ -205,13 +241,29 @@ PyObject* take_back(PyObject*, PyObject* number) {
   Py_RETURN_NONE;
 }
 
+PyObject* runner(PyObject*, PyObject* number) {
+  const long long engine = PyLong_AsLongLong(number);
+  if (engine == -1 && PyErr_Occurred()) return nullptr;
+  try {
+    const Block* active = find_state(engine)->active;
+    return PyLong_FromUnsignedLong(active == nullptr ? 0 : active->owner);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 PyMethodDef kMethods[] = {
     {"make_hooks", make_hooks, METH_VARARGS,
-     "make_hooks(engine, block, name, module, targets, on_rebuild, increment_version) -> "
-     "(before, after, capsule). A target is (parameter, None, master) or (dict, key, master)."},
+     "make_hooks(engine, block, name, module, targets, on_rebuild, increment_versions) -> "
+     "(before, after, capsule). A target is (parameter, None, master, watched, is_filed) or "
+     "(dict, key, master, watched, is_filed)."},
     {"set_views", set_views, METH_VARARGS,
      "set_views(capsule, views): one list of tensors, or None, for each position."},
+    {"shut", shut, METH_O, "shut(capsule): the block begins no new use."},
     {"unhook", unhook, METH_O, "unhook(capsule): masters are bound, the hooks do nothing."},
+    {"runner", runner, METH_O,
+     "runner(engine): the thread whose block is bound to the arena now, or 0."},
     {"take_back", take_back, METH_O,
      "take_back(engine): ends a use that an exception left unfinished."},
     {nullptr, nullptr, 0, nullptr}};

@@ -52,9 +52,18 @@ std::tuple<Ints, Ints> facts_of(const PlanFacts& plan) {
 }
 
 void check_arena(const Tensor& arena) {
-  if (arena.dim() != 1 || arena.element_size() != 1 || !arena.is_contiguous()) {
+  int32_t dtype = -1;
+  aoti_torch_get_dtype(arena.get(), &dtype);
+  if (arena.dim() != 1 || dtype != aoti_torch_dtype_uint8() || !arena.is_contiguous()) {
     refuse("the arena must be a contiguous uint8 tensor of one dimension");
   }
+}
+
+int32_t probed_device(int64_t device) {
+  if (device < -1 || device > std::numeric_limits<int16_t>::max()) {
+    refuse("device must be a CUDA ordinal, or -1 for the CPU, got " + std::to_string(device));
+  }
+  return static_cast<int32_t>(device);
 }
 
 // Tensors in memory come first, then those of the files.
@@ -147,9 +156,15 @@ void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes) {
   check_arena(arena);
   const auto state = find_state(engine);
   if (arena.is_cpu() != state->arena.is_cpu()) refuse("the new arena is on another device");
-  state->engine->rebuild(unsigned_of(budget_bytes, "budget_bytes"),
-                         reinterpret_cast<uint64_t>(arena.data_ptr()),
-                         static_cast<uint64_t>(arena.numel()));
+  const uint64_t budget = unsigned_of(budget_bytes, "budget_bytes");
+  ++state->layout;  // before it changes: another thread may enter a block right afterwards
+  try {
+    state->engine->rebuild(budget, reinterpret_cast<uint64_t>(arena.data_ptr()),
+                           static_cast<uint64_t>(arena.numel()));
+  } catch (...) {
+    --state->layout;
+    throw;
+  }
   state->arena = std::move(arena);
 }
 
@@ -231,13 +246,13 @@ int64_t op_driver_version() {
 }
 
 double op_measure_copy(int64_t device, int64_t bytes, int64_t repeats, bool page_locked) {
-  return measure_copy(static_cast<int32_t>(device), unsigned_of(bytes, "bytes"),
+  return measure_copy(probed_device(device), unsigned_of(bytes, "bytes"),
                       narrow(repeats, "repeats"), page_locked);
 }
 
 int64_t op_measure_page_lock(int64_t device, int64_t max_bytes) {
   return static_cast<int64_t>(
-      measure_page_lock(static_cast<int32_t>(device), unsigned_of(max_bytes, "max_bytes")));
+      measure_page_lock(probed_device(device), unsigned_of(max_bytes, "max_bytes")));
 }
 
 int64_t op_current_stream(int64_t device) {

@@ -1,9 +1,11 @@
 // An engine with the tensors whose memory it uses, and the table of engines by number.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "dgls/src/bridge.rs.h"
@@ -30,6 +32,10 @@ struct State {
   int32_t stream_device;
   // The hook whose tensors are bound to the arena now; guarded by the GIL.
   Block* active = nullptr;
+  // How often the addresses changed: views made for others must not be bound.
+  std::atomic<uint64_t> layout{0};
+  // How often the hooks themselves moved the version of a tensor; guarded by the GIL.
+  std::unordered_map<const PyObject*, uint64_t> bumps;
   rust::Box<Handle> engine;
 };
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +15,17 @@ from dgls_torch import _C
 from dgls_torch.layout import Layout, empty_arena
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
+from dgls_torch.weights import inner_tensors
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
+    from dgls_torch.weights import Weight
 
 _ops = torch.ops.dgls
 _RECORD = 8
+_PATIENCE_MS = 5000
+# Blocks of all streams: one that two streams bind would be refused in the middle of a pass.
+_hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 class Engine:
@@ -39,8 +48,8 @@ class Engine:
         """
         self._layout = layout
         self._on_rebuild = on_rebuild
-        self._vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
-        layout.check_budget(self._vram_bytes)
+        self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
+        layout.check_budget(self.vram_bytes)
         order = list(range(len(layout.names))) if order is None else order
         # Tensors in memory come first, then those in files: the order of the native tensor list.
         parts = [(b, p) for b, ws in enumerate(layout.weights) for w in ws for p in w.parts]
@@ -49,7 +58,7 @@ class Engine:
         sequence = [*memory, *filed]
         self._blocks = [b for b, _ in sequence]
         self._sizes = [p.bytes for _, p in sequence]
-        self._budget = self._vram_bytes - layout.outside_bytes
+        self._budget = self.vram_bytes - layout.outside_bytes
         total = sum(layout.block_bytes)
         self._arena = empty_arena(min(self._budget, total), layout.device)
         self._base_bytes = _allocated(layout.device)
@@ -77,6 +86,8 @@ class Engine:
         )
         self._capsules: list[Any] = []
         self._removers: list[Any] = []
+        self._hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._made: list[list[torch.Tensor]] = []
         try:
             if layout.source is not None:
                 layout.source.check_unchanged()  # the engine has them open now: no other can come
@@ -103,16 +114,25 @@ class Engine:
         return self._arena.numel() if self._number is not None else 0
 
     def _hook(self) -> None:
-        increment = torch.autograd.graph.increment_version
         for index, (name, weak) in enumerate(
             zip(self._layout.names, self._layout.modules, strict=True)
         ):
             module: Any = weak()  # type: ignore[operator]
-            targets = [t for w in self._layout.weights[index] for t in w.targets()]
+            if module in _hooked:
+                raise RuntimeError(f"block '{name}' is part of another stream; detach() that first")
+            weights = self._layout.weights[index]
+            targets = [t for w in weights for t in w.targets()]
+            made: list[torch.Tensor] = []
+            increment = _increment(weights, made)
             before, after, capsule = _C.make_hooks(
                 self.number, index, name, module, targets, self._on_rebuild, increment
             )
+            _hooked.add(module)
+            self._hooked.add(module)
+            self._made.append(made)
             self._capsules.append(capsule)
+            # Dynamo would warn of builtins that it cannot trace. (It is imported here, not before.)
+            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
             # First before and last after, so that hooks of others see the weights bound.
             self._removers.append(module.register_forward_pre_hook(before, prepend=True))
             self._removers.append(module.register_forward_hook(after, always_call=True))
@@ -131,6 +151,8 @@ class Engine:
         """Makes the tensors that the hooks bind, so that the hot path makes none."""
         uses = self._uses()
         places: list[list[list[Any] | None]] = [[None] * len(uses) for _ in self._layout.names]
+        for made in self._made:
+            made.clear()
         for position, (block, offsets) in enumerate(uses):
             places[block][position] = self._views(block, offsets)
         for capsule, views in zip(self._capsules, places, strict=True):
@@ -148,6 +170,8 @@ class Engine:
             with torch.inference_mode(weight.param.is_inference()), torch.no_grad():
                 made = weight.bound([p.view(self._arena, offset_of[id(p)]) for p in weight.parts])
             views += [made] * len(weight.targets())
+            if weight.is_entry and not made.is_inference():
+                self._made[block] += [made, *inner_tensors(made)]
         return views
 
     def rebuild(self) -> None:
@@ -156,22 +180,30 @@ class Engine:
         self._bind_views()
 
     def check_idle(self) -> None:
-        """Ends a use that an exception left unfinished."""
+        """Ends a use that an exception left unfinished.
+
+        Raises:
+            RuntimeError: A block runs in another thread.
+        """
+        if self._runs_elsewhere():
+            raise RuntimeError("a block is running in another thread; wait until it has ended")
         _C.take_back(self.number)
 
-    def replaced(self, config: StreamConfig, vram_bytes: int) -> Engine:
-        """An engine for another budget in this one's place; this one again if it is refused."""
-        layout = self._layout
-        layout.check_budget(vram_bytes)
-        order = list(_ops.order(self.number))
-        self.close()
-        try:
-            return Engine(layout, config, self._on_rebuild, order, vram_bytes)
-        except BaseException:
-            restored = Engine(layout, config, self._on_rebuild, order, self._vram_bytes)
-            self.__dict__.update(restored.__dict__)
-            restored._number, restored._capsules, restored._removers = None, [], []
-            raise
+    def _runs_elsewhere(self) -> bool:
+        """Whether another thread still runs a block; waits for its end, but not for ever."""
+        for _ in range(_PATIENCE_MS):
+            thread = _C.runner(self.number)
+            # A thread that has ended left its block with an exception that torch calls no hook for.
+            if thread in (0, threading.get_ident()) or thread not in sys._current_frames():
+                return False
+            time.sleep(0.001)
+        return True
+
+    def order(self) -> list[int]:
+        """The blocks in order of use, as far as it is known."""
+        if _ops.wants_rebuild(self.number):
+            self.rebuild()
+        return list(_ops.order(self.number))
 
     def begin_pass(self) -> None:
         """The model's forward begins."""
@@ -182,10 +214,6 @@ class Engine:
         """The model's forward has ended."""
         _ops.end_pass(self.number)
 
-    def reload(self, block: int) -> None:
-        """The host weights of a block were changed in place."""
-        _ops.reload(self.number, block)
-
     def activation_bytes(self) -> int | None:
         """Most that the model used beside its weights since the engine was made; CUDA only."""
         if self._layout.device.type != "cuda" or _ops.stats(self.number)[5] == 0:
@@ -195,6 +223,10 @@ class Engine:
 
     def close(self) -> None:
         """Binds the masters, takes the hooks off, waits for the device, gives the arena back."""
+        for capsule in self._capsules:
+            _C.shut(capsule)
+        if self._number is not None:
+            self._runs_elsewhere()  # its kernels read the arena
         number, self._number = self._number, None
         try:
             for capsule in self._capsules:
@@ -202,6 +234,8 @@ class Engine:
         finally:
             for remover in self._removers:
                 remover.remove()
+            for module in list(self._hooked):
+                _hooked.discard(module)
             self._capsules, self._removers = [], []
             if number is not None:
                 _ops.destroy(number)
@@ -218,7 +252,7 @@ class Engine:
         order = list(dict.fromkeys([*_ops.order(self.number), *range(len(layout.names))]))
         return Plan(
             device=str(layout.device),
-            vram_bytes=self._vram_bytes,
+            vram_bytes=self.vram_bytes,
             outside_bytes=layout.outside_bytes,
             arena_bytes=arena,
             slots=slots,
@@ -257,6 +291,16 @@ class Engine:
             seconds = [time * 1e-9 for time in times]
             uses.append(Use(number // in_pass, self._layout.names[block], size, *seconds))
         return uses
+
+
+def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
+    """Moves the versions of all that backward may have saved of a block's weights.
+
+    That is its parameters and what stands in for them: ``made``, which `Engine` fills.
+    """
+    increment = torch.autograd.graph.increment_version
+    params = [w.param for w in weights if not w.is_entry and not w.param.is_inference()]
+    return lambda: increment([*params, *made])
 
 
 def _pinned_bytes(config: StreamConfig, device: torch.device) -> int:

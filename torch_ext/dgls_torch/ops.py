@@ -26,7 +26,8 @@ At each block, on torch's current stream:
 ``wait(x, engine, block) -> position``
     Makes the stream wait for the block's weights, which then lie as ``layout`` says for that
     position. Blocks the host only on the CPU, and while a staging thread has yet to enqueue the
-    copies. ``x``, which is not touched, orders the call for torch.compile.
+    copies. ``x``, which is not touched, orders the call for torch.compile, which cannot capture a
+    number: a graph ends here.
 ``release(x, engine, block)``
     The weights of the block that runs may be overwritten once the stream has passed this point.
 ``prefetch(engine)``
@@ -65,4 +66,7 @@ def _rebuild(engine: int, arena: torch.Tensor, budget_bytes: int) -> None:
 @torch.library.register_fake("dgls::create")
 def _create(arena: torch.Tensor, weights: list[torch.Tensor], *_: object, **__: object) -> int:
     """An engine is not made while tracing."""
-    raise RuntimeError("torch.ops.dgls.create cannot be traced; make the engine before compiling")
+    raise RuntimeError(
+        "torch.ops.dgls.create needs tensors with memory, none on meta, and cannot be traced: make "
+        "the engine before compiling"
+    )

@@ -1,4 +1,4 @@
-"""Hooks on the whole model: bounds of a pass, changes of the host weights, copies and pickles."""
+"""Hooks on the whole model: bounds of a pass, training, copies and pickles."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ class _Hook:
 
     def __init__(self, stream: Stream) -> None:
         self.stream: Stream | None = stream
+        # Not as a decorator: that would import dynamo, which takes a second, with the package.
+        self._run = torch.compiler.disable(self.act)
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if self.stream is not None and self.stream._model() is module:
+            self._run(self.stream)
+
+    @staticmethod
+    def act(stream: Stream) -> None:
+        """What the hook does."""
 
     def __deepcopy__(self, _: object) -> Any:
         return _nothing
@@ -32,36 +42,20 @@ class _Hook:
 
 
 class _Before(_Hook):
-    def __call__(self, module: nn.Module, _: Any) -> None:
-        if self.stream is not None and self.stream._model() is module:
-            _begin(self.stream)
+    @staticmethod
+    def act(stream: Stream) -> None:
+        engine, hooks = stream._engine, stream._hooks
+        if engine is None or hooks is None:
+            return
+        hooks.check_grad()
+        engine.begin_pass()
 
 
 class _After(_Hook):
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if self.stream is not None and self.stream._model() is module:
-            _end(self.stream)
-
-
-@torch.compiler.disable
-def _begin(stream: Stream) -> None:
-    engine, hooks = stream._engine, stream._hooks
-    if engine is None or hooks is None:
-        return
-    hooks.check_grad()
-    engine.begin_pass()
-    for block in hooks.changed_blocks():
-        engine.reload(block)
-
-
-@torch.compiler.disable
-def _end(stream: Stream) -> None:
-    engine, hooks = stream._engine, stream._hooks
-    if engine is None or hooks is None:
-        return
-    engine.end_pass()
-    if torch.is_grad_enabled():
-        hooks.note_versions()  # the block hooks moved them
+    @staticmethod
+    def act(stream: Stream) -> None:
+        if stream._engine is not None:
+            stream._engine.end_pass()
 
 
 class PassHooks:
@@ -76,13 +70,7 @@ class PassHooks:
         ]
         layout = stream._layout
         weights = [] if layout is None else layout.weights
-        # An inference tensor has no version: changes of it in place go unnoticed.
-        self._params = [
-            [w.param for w in ws if not w.param.is_inference() and not w.is_entry] for ws in weights
-        ]
-        self._files = [[w for w in ws if w.parts[0].file is not None] for ws in weights]
-        self._versions: list[int] = []
-        self.note_versions()
+        self._params = [w.param for ws in weights for w in ws]
 
     @staticmethod
     def of(model: nn.Module) -> Stream | None:
@@ -99,34 +87,12 @@ class PassHooks:
         Raises:
             RuntimeError: Grad mode is on and a streamed parameter requires grad.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for ps in self._params for p in ps):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._params):
             raise RuntimeError(
                 "dgls_torch streams weights for inference only, but grad mode is on and streamed "
                 "parameters require grad; run under torch.inference_mode() or torch.no_grad(), or "
                 "call model.requires_grad_(False)"
             )
-
-    def note_versions(self) -> None:
-        """Takes the present state of the host weights for the one that the device has."""
-        self._versions = [sum(p._version for p in params) for params in self._params]
-
-    def changed_blocks(self) -> list[int]:
-        """Blocks whose host weights were changed in place since the last pass.
-
-        Raises:
-            RuntimeError: They stream from a file, which the change did not reach.
-        """
-        versions = [sum(p._version for p in params) for params in self._params]
-        pairs = enumerate(zip(versions, self._versions, strict=True))
-        changed = [block for block, (now, before) in pairs if now != before]
-        self._versions = versions
-        for block in changed:
-            if self._files[block]:
-                raise RuntimeError(
-                    f"'{self._files[block][0].name}' was changed in place, but its block streams "
-                    "from a file; detach() first, or stream from the tensors"
-                )
-        return changed
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -54,16 +54,15 @@ class Plan:
         return sum(b.resident_bytes + b.streamed_bytes for b in self.blocks)
 
     def __str__(self) -> str:
-        """The plan as a table; equal neighbours share a row."""
+        """The plan as a table; neighbours of one size share a row."""
         rows = [("blocks", "count", "each", "resident", "streamed")]
-        for (resident, streamed), group in groupby(
-            self.blocks, key=lambda b: (b.resident_bytes, b.streamed_bytes)
-        ):
+        for each, group in groupby(self.blocks, key=lambda b: b.resident_bytes + b.streamed_bytes):
             same = list(group)
             last = f" .. {same[-1].name}" if len(same) > 1 else ""
-            each = format_bytes(resident + streamed)
-            sizes = (format_bytes(resident), format_bytes(streamed))
-            rows.append((f"{same[0].name}{last}", str(len(same)), each, *sizes))
+            resident = _span([block.resident_bytes for block in same])
+            streamed = _span([block.streamed_bytes for block in same])
+            name = f"{same[0].name}{last}"
+            rows.append((name, str(len(same)), format_bytes(each), resident, streamed))
         used = self.outside_bytes + self.arena_bytes
         lines = [
             f"plan for {format_bytes(self.vram_bytes)} on {self.device}: "
@@ -229,6 +228,12 @@ class Report:
         if self.errors:
             rows.append(("device errors", f"{self.errors}"))
         return "\n".join(["measured", *_table(rows)])
+
+
+def _span(sizes: list[int]) -> str:
+    """The least and the most of some sizes, or the one they all are."""
+    least, most = format_bytes(min(sizes)), format_bytes(max(sizes))
+    return most if least == most else f"{least} to {most}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -105,15 +105,15 @@ class Stream:
             )
         self.config = config
         self._model = weakref.ref(model)
-        self._layout: Layout | None = None
-        self._engine: Engine | None = None
+        self._parts = _Parts()
         self._hooks: PassHooks | None = None
         self._last: tuple[Plan, Report] | None = None
+        self._finalizer = weakref.finalize(model, _forget, weakref.ref(self), self._parts)
+        self._finalizer.atexit = False
         try:
-            self._layout = Layout(model, config)
-            self._engine = Engine(self._layout, config, self._on_rebuild())
+            self._parts.layout = Layout(model, config)
+            self._parts.engine = Engine(self._parts.layout, config, self._on_rebuild())
             self._hooks = PassHooks(model, self)
-            weakref.finalize(model, _forget, weakref.ref(self)).atexit = False
         except BaseException:
             self.detach()
             raise
@@ -129,6 +129,14 @@ class Stream:
                 stream._engine.rebuild()
 
         return rebuild
+
+    @property
+    def _layout(self) -> Layout | None:
+        return self._parts.layout
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._parts.engine
 
     @property
     def plan(self) -> Plan:
@@ -154,32 +162,36 @@ class Stream:
             ValueError: The budget is too small; the message names the smallest that works.
             RuntimeError: The stream is detached, or a block is running.
         """
-        if self._engine is None or self._layout is None:
+        old, layout = self._engine, self._layout
+        if old is None or layout is None:
             raise RuntimeError("this stream is detached; call stream() again")
-        if vram is not None:
-            self.config = self.config.replace(vram=vram)
-        old = self._engine
+        config = self.config if vram is None else self.config.replace(vram=vram)
         old.check_idle()
-        budget = self._layout.budget(self.config, old)
-        self._engine = old.replaced(self.config, budget)
+        budget, rebuild = layout.budget(config, old), self._on_rebuild()
+        layout.check_budget(budget)
+        order = old.order()
+        old.close()  # there may be no room for both
+        try:
+            self._parts.engine = Engine(layout, config, rebuild, order, budget)
+        except BaseException:
+            self._parts.engine = Engine(layout, self.config, rebuild, order, old.vram_bytes)
+            raise
+        self.config = config
         return self.plan
 
     def detach(self) -> None:
         """Takes the hooks off and restores every parameter and buffer. Waits for the device."""
-        engine, self._engine = self._engine, None
-        layout, self._layout = self._layout, None
         hooks, self._hooks = self._hooks, None
         _live.discard(self)
+        self._finalizer.detach()
         try:
-            if engine is not None:
+            if self._engine is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._last = (engine.plan(), engine.report())
-                engine.close()
-        finally:
+                    self._last = (self._engine.plan(), self._engine.report())
             if hooks is not None:
                 hooks.remove()
-            if layout is not None:
-                layout.restore()
+        finally:
+            self._parts.release()
 
     def __enter__(self) -> Stream:
         """Returns the stream, which is attached already."""
@@ -192,6 +204,25 @@ class Stream:
     def __reduce__(self) -> Any:
         """Refuses to be pickled: a stream is about this process's memory."""
         raise TypeError("a Stream cannot be pickled; call detach() first and pickle the model")
+
+
+class _Parts:
+    """What a stream has of its model. Holds no module: a finalizer of the model holds it."""
+
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+        self.engine: Engine | None = None
+
+    def release(self) -> None:
+        """Closes the engine and restores everything; does nothing twice."""
+        engine, self.engine = self.engine, None
+        layout, self.layout = self.layout, None
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            if layout is not None:
+                layout.restore()
 
 
 class StreamGroup:
@@ -244,11 +275,14 @@ class StreamGroup:
         self.detach()
 
 
-def _forget(weak: weakref.ref[Stream]) -> None:
-    """The model is gone: so is what the engine holds of it."""
+def _forget(weak: weakref.ref[Stream], parts: _Parts) -> None:
+    """The model is gone, though some of its blocks may be in use elsewhere."""
     stream = weak()
+    # In a cycle of garbage with its model the stream went first.
     if stream is not None:
         stream.detach()
+    else:
+        parts.release()
 
 
 @atexit.register

@@ -56,11 +56,15 @@ class Weight:
         """Keeps what is bound outside of the block's forward."""
         self.master = self.param if self.is_entry else self.param.data
 
-    def targets(self) -> list[tuple[object, str | None, torch.Tensor]]:
-        """What the hooks set: see ``dgls_torch._C.make_hooks``."""
+    def targets(self) -> list[tuple[object, str | None, torch.Tensor, list[torch.Tensor], bool]]:
+        """What the hooks set, and what they watch: see ``dgls_torch._C.make_hooks``."""
+        inner = [p.tensor for p in self.parts if p.tensor is not None] if self.is_entry else []
+        # An inference tensor has no version: changes of it in place go unnoticed.
+        watched = [t for t in [self.param, *inner] if not t.is_inference()]
+        is_filed = any(part.file is not None for part in self.parts)
         if self.is_entry:
-            return [(owner, key, self.param) for owner, key in self.owners]
-        return [(self.param, None, self.master)]
+            return [(owner, key, self.param, watched, is_filed) for owner, key in self.owners]
+        return [(self.param, None, self.master, watched, is_filed)]
 
     def bound(self, views: list[torch.Tensor]) -> torch.Tensor:
         """What is bound while the block runs, made of one view for each part."""
@@ -179,6 +183,11 @@ def file_part(name: str, param: torch.Tensor, source: SafetensorsSource) -> Part
         return None
     stride = torch.empty(found.shape, device="meta").stride()
     return Part(found.dtype, found.shape, stride, found.bytes, None, (number, found.offset))
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors inside a wrapper; none in a plain one."""
+    return _inner(tensor)[0] if is_traceable_wrapper_subclass(tensor) else []
 
 
 def _inner(

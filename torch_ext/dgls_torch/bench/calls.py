@@ -1,8 +1,7 @@
 """Block calls: what streaming adds to each, beside torch's own hooks.
 
 Everything is measured in one process, in turns, so that the ratios hold on a noisy machine. The
-blocks keep the host busy for a while and the copies are of a few bytes, so that no block waits for
-a copy: what is left is the cost of the host.
+copies are of a few bytes, so that no block waits for one: what is left is the cost of the host.
 """
 
 from __future__ import annotations
@@ -104,17 +103,23 @@ def run(device: str | None, rounds: int, busy_us: float) -> None:
     """Prints the table."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    names = ("hooks", "resident", "streamed")
-    print("microseconds for each call of a block, beyond its work, median")
-    heads = "".join(f"{name:>10}" for name in ("copies", "bare", *names, "added"))
-    print(f"  {'parameters':>10}{heads}")
+    names = ("bare", "hooks", "resident", "streamed")
+    print("microseconds for each call of a block that computes nothing, median")
+    heads = "".join(f"{name:>10}" for name in ("copies", *names, "added"))
+    print(f"  {'parameters':>10}{heads}{'added, cold':>13}")
     for parameters in (1, 5, 20, 40):
-        row = measure(60, parameters, rounds, device, busy_us * 1e-6)
-        over = {name: row[name] - busy_us for name in ("bare", *names)}
-        cells = [parameters * row["share"], *over.values(), over["streamed"] - over["hooks"]]
-        print(f"  {parameters:>10}" + "".join(f"{cell:>10.2f}" for cell in cells))
+        row = measure(60, parameters, rounds, device, 0.0)
+        cold = measure(60, parameters, rounds, device, busy_us * 1e-6)
+        cells = [parameters * row["share"], *(row[name] for name in names)]
+        added = [found["streamed"] - found["hooks"] for found in (row, cold)]
+        print(
+            f"  {parameters:>10}"
+            + "".join(f"{cell:>10.2f}" for cell in (*cells, added[0]))
+            + f"{added[1]:>13.2f}"
+        )
     print("added: streamed beyond torch's own hook machinery: binding and unbinding every")
-    print("parameter, the schedule, and enqueueing the copies; copies: of each block call.")
+    print("parameter, the schedule, and enqueueing the copies (of each block call: copies);")
+    print(f"cold: the same after {busy_us:.0f} us of other work in each block, caches lost.")
     print("peers, for each block of about 20 parameters, measured earlier on another CPU:")
     for name, (low, high) in _PEERS.items():
         span = f"{low}" if low == high else f"{low}-{high}"
