@@ -12,9 +12,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from processes import Processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +43,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get(variable, "0") not in ("", "0"):
             pytest.fail(f"needs {what}, and {variable} is set", pytrace=False)
         pytest.skip(f"NOT TESTED: needs {what}")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Runs scripts in processes of their own."""
+    server = Processes()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,12 @@
 
 Goal: a test says which model and which use; that results are the resident model's, bit for bit, and
 that nothing is left behind is checked here, the same way for all.
-Method: no test of its own; every budget from the smallest to all-fits, freed device memory poisoned.
+Method: no test of its own; every budget from the smallest to all-fits, freed memory poisoned.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,20 +245,3 @@ def in_threads(*bodies: Callable[[], None]) -> list[BaseException]:
     for thread in running:
         thread.join()
     return raised
-
-
-def python(
-    source: str, *arguments: object, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs a script in a process of its own, with the helpers importable."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
-    script = f"import torch; torch.set_num_threads(1)\n{source}"
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )

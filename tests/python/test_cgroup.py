@@ -200,7 +200,29 @@ def test_unreadable_cgroup_files_set_no_limit(tmp_path: Path) -> None:
     root = machine(tmp_path)
     cgroup(root, 2, "/job")
     level2(root, "job", "garbage", GIB)
-    put(root, "proc/self/mountinfo", (root / "proc/self/mountinfo").read_text() + "\nnonsense\n - ")
+    assert host_memory(root).cgroup_limit_bytes is None
+
+
+def test_lines_that_make_no_sense_are_passed_over(tmp_path: Path) -> None:
+    root = machine(tmp_path)
+    cgroup(root, 2, "/job")
+    level2(root, "job", 2 * GIB, GIB)
+    for name, lines in (
+        ("mountinfo", ["nonsense", " - ", "36 31 0:33 / - cgroup2 c rw", "1 2 3 / /x rw - cgroup"]),
+        ("cgroup", ["", "7", "8:memory"]),
+    ):
+        file = root / "proc/self" / name
+        put(root, f"proc/self/{name}", "\n".join([*lines, file.read_text()]))
+    assert host_memory(root).cgroup_limit_bytes == 2 * GIB
+
+
+def test_mounts_of_other_controllers_do_not_count(tmp_path: Path) -> None:
+    root = machine(tmp_path)
+    cgroup(root, 1, "/job")
+    mounts = root / "proc/self/mountinfo"
+    other = "33 31 0:30 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu"
+    put(root, "proc/self/mountinfo", mounts.read_text() + other)
+    level1(root, "../cpu/job", GIB, 0)
     assert host_memory(root).cgroup_limit_bytes is None
 
 

@@ -95,6 +95,13 @@ def test_good_machines_have_nothing_wrong() -> None:
             "Install a CUDA build",
         ),
         (
+            # Windows shows no device files, but its driver answers.
+            GOOD_CPU,
+            {"driver_version": 13000},
+            "torch 2.10.0+cpu is built without CUDA",
+            "Install a CUDA build",
+        ),
+        (
             GOOD_GPU,
             {"gpu_name": None, "driver_version": 12090},
             "torch needs a driver for CUDA 13.0, found one for CUDA 12.9",
@@ -148,6 +155,12 @@ def test_good_machines_have_nothing_wrong() -> None:
             "only 0 B of 4.00 GiB could be page-locked",
             'pinned="0MiB"',
         ),
+        (
+            GOOD_GPU,
+            {"page_lock_bytes": 7 * 2**29},
+            "only 3.50 GiB of 4.00 GiB could be page-locked",
+            'pinned="3584MiB"',
+        ),
         (GOOD_GPU, {**of_host(wsl=True), "page_lock_bytes": GIB}, "this is WSL", ".wslconfig"),
         (
             GOOD_CPU,
@@ -197,6 +210,16 @@ def test_each_problem_is_found_alone_with_its_remedy(
 )
 def test_what_only_looks_wrong_is_not_reported(good: Facts, fields: dict[str, Any]) -> None:
     assert diagnose(dataclasses.replace(good, **fields)) == []
+
+
+def test_without_the_native_part_nothing_is_said_of_a_driver_that_was_not_asked() -> None:
+    facts = dataclasses.replace(
+        GOOD_CPU, nvidia_device=True, driver_error=None, native_error="no such file"
+    )
+    problems = [finding.problem for finding in diagnose(facts)]
+    assert len(problems) == 2
+    assert "did not load" in problems[0]
+    assert "built without CUDA" in problems[1]
 
 
 def test_several_problems_are_all_found() -> None:

@@ -102,6 +102,30 @@ def test_a_small_machine_is_measured_with_little(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
+def test_a_large_machine_is_not_filled(root: Path) -> None:
+    (root / "proc/meminfo").write_text("MemTotal: 134217728 kB\nMemAvailable: 134217728 kB\n")
+    native = FakeNative()
+    collect(native, root)
+    assert native.asked[1:3] == [
+        ("measure_page_lock", -1, 4 * GIB),
+        ("measure_copy", -1, 2**28, 5, True),
+    ]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_copies_that_fail_only_when_page_locked_are_told(root: Path) -> None:
+    class NoPinnedCopies(FakeNative):
+        def measure_copy(self, device: int, size: int, repeats: int, page_locked: bool) -> float:
+            if page_locked:
+                raise RuntimeError("out of page-locked memory")
+            return 9e9
+
+    facts = collect(NoPinnedCopies(), root)
+    assert (facts.copy_locked_bytes_per_s, facts.copy_pageable_bytes_per_s) == (None, 9e9)
+    assert facts.copy_error == "out of page-locked memory"
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_questions_that_fail_keep_the_first_line_of_the_reason(root: Path) -> None:
     facts = collect(FakeNative(fails=("driver_version", "measure_page_lock", "measure_copy")), root)
     assert (facts.driver_version, facts.driver_error) == (None, "driver_version failed")

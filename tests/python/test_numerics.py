@@ -13,12 +13,10 @@ import pytest
 import torch
 from helpers import (
     Block,
-    Net,
     Pair,
     Plain,
     budgets,
     check,
-    in_threads,
     inputs,
     net,
     same,
@@ -297,4 +295,5 @@ def test_one_slot_and_two() -> None:
         least, outside = s.plan.least_vram_bytes, s.plan.outside_bytes
     plans = [r.plan for r in check(model, lambda m: m(inputs()), vram=[least, 2 * least - outside])]
     assert [plan.slots for plan in plans] == [1, 2]
-    assert [plan.streamed_bytes for plan in plans] == [plans[0].block_bytes] * 2
+    assert all(plan.streamed_bytes >= plan.block_bytes for plan in plans)
+    assert plans[1].arena_bytes == 2 * plans[0].arena_bytes

@@ -1,0 +1,248 @@
+"""How streams end: with their model, with a copy, with the process.
+
+Goal: engines end with their model and outlive their handle; copies are free of their original; no
+round of attach and detach leaks; the interpreter exits silently whatever is going on.
+Method: weak references, threads of the process, counters of the system and of the garbage
+collector, and processes that end in the middle of work.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from helpers import SMALL, Snapshot, budgets, inputs, net, same, settle, threads
+from safetensors.torch import save_file
+from torch import nn
+
+import dgls_torch
+
+if TYPE_CHECKING:
+    from processes import Processes
+
+
+def attach(model: nn.Module, vram: Any = 1 << 20, **options: Any) -> dgls_torch.Stream:
+    return dgls_torch.stream(model, vram, **(SMALL | options))
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(inputs())
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+@pytest.mark.parametrize("keep_handle", [False, True])
+def test_a_dropped_model_ends_its_engine(keep_handle: bool, cyclic: bool) -> None:
+    model = net()
+    if cyclic:
+        model.me = [model]  # as models with a reference to their parent
+        model.blocks[0].parents = [model]
+    s = attach(model)
+    run(model)
+    assert len(threads()) == 1
+    alive = [weakref.ref(model), weakref.ref(model.blocks[0]), weakref.ref(model.first.weight)]
+    if not keep_handle:
+        s = None
+    del model
+    settle()
+    assert [ref() for ref in alive] == [None] * 3
+    assert threads() == []
+    if s is not None:
+        assert s.plan.blocks
+        assert s.report().passes == 1
+        s.detach()
+
+
+@pytest.mark.parametrize("cyclic", [False, True])
+def test_blocks_that_outlive_their_model_are_free_again(cyclic: bool) -> None:
+    model = net()
+    blocks = list(model.blocks)
+    before = [Snapshot(block) for block in blocks]
+    if cyclic:
+        model.me = [model]
+    attach(model, budgets(net())[0])
+    run(model)
+    del model
+    settle()
+    assert threads() == []
+    for snapshot, block in zip(before, blocks, strict=True):
+        snapshot.check(block)
+    again = nn.Sequential(*blocks)
+    with attach(again):
+        run(again)
+
+
+def test_a_dropped_handle_keeps_the_model_streamed() -> None:
+    model = net()
+    attach(model, budgets(model)[0])
+    settle()
+    assert len(threads()) == 1
+    moved = [h for block in model.blocks for h in block._forward_pre_hooks.values()]
+    assert len(moved) == 6
+    assert same(run(model), run(net()))
+    with pytest.raises(RuntimeError, match="streamed already"):
+        attach(model)
+
+
+def test_a_copy_is_free_and_keeps_nothing_alive() -> None:
+    model = net()
+    s = attach(model, budgets(model)[0])
+    for when in range(3):
+        if when == 1:
+            run(model)
+        twin = copy.deepcopy(model)
+        alone = copy.deepcopy(model.blocks[3])
+        uses = s.report().uses
+        assert same(run(twin), run(net()))
+        with torch.inference_mode():
+            assert same(alone(inputs()), net().blocks[3](inputs()))
+        assert s.report().uses == uses
+        assert not {p.data_ptr() for p in twin.parameters()} & {
+            p.data_ptr() for p in model.parameters()
+        }
+    with torch.no_grad():
+        twin.blocks[0].up.weight.add_(1)
+    assert same(run(model), run(net()))
+    with attach(twin, budgets(net())[0]):
+        assert not same(run(twin), run(net()))
+    weight = weakref.ref(model.blocks[3].up.weight)
+    s.detach()
+    del s, model
+    settle()
+    assert weight() is None
+    assert threads() == []
+    alone(inputs())
+
+
+def test_pickling_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    model = net()
+    with attach(model) as s:
+        for save in (
+            lambda: pickle.dumps(model),
+            lambda: torch.save(model, tmp_path / "model.pt"),
+            lambda: torch.save({"wrapped": nn.Sequential(model)}, io.BytesIO()),
+        ):
+            with pytest.raises(TypeError, match=r"a streamed model cannot be pickled.*detach"):
+                save()
+        with pytest.raises(TypeError, match=r"a Stream cannot be pickled.*detach"):
+            pickle.dumps(s)
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        assert same(run(model), run(net()))
+    assert same(run(pickle.loads(pickle.dumps(model))), run(net()))
+    state = torch.load(tmp_path / "state.pt")
+    assert same(list(state.values()), list(net().state_dict().values()))
+
+
+def resources() -> dict[str, int]:
+    settle()
+    return {
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "objects": len(gc.get_objects()),
+        "maps": len(Path("/proc/self/maps").read_text().splitlines()),
+    }
+
+
+def memory_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+@pytest.mark.parametrize("source", ["tensors", "file"])
+def test_nothing_leaks_in_a_thousand_rounds(source: str, tmp_path: Path) -> None:
+    model = net(count=3)
+    save_file(model.state_dict(), tmp_path / "net.safetensors")
+    options = {} if source == "tensors" else {"source": tmp_path / "net.safetensors"}
+    sizes = budgets(model, **options)
+
+    def rounds(count: int) -> None:
+        for number in range(count):
+            with attach(model, sizes[number % len(sizes)], **options) as s:
+                run(model)
+                if number % 5 == 0:
+                    s.replan(sizes[-1])
+                    run(model)
+
+    rounds(100)
+    before, memory = resources(), memory_kib()
+    rounds(1000 if source == "tensors" else 300)
+    after = resources()
+    assert after["files"] == before["files"]
+    assert after["threads"] == before["threads"]
+    assert after["objects"] <= before["objects"] + 20
+    assert after["maps"] <= before["maps"] + 10
+    # One arena of 25 KiB or more that is kept in each round would be 25 MiB.
+    assert memory_kib() - memory < 8 * 1024
+
+
+ENDINGS = {
+    "attached": "",
+    "detached": "s.detach()",
+    "handle dropped": "del s",
+    "model dropped": "del model, blocks",
+    "all dropped": "del model, blocks, s",
+    "copies under way": "torch.ops.dgls.prefetch(s._engine.number)",
+    "in a cycle": "model.me = [model, s]; del model, s, blocks",
+    "in a thread": "import threading; t = threading.Thread(target=run, daemon=False); t.start()",
+    "os._exit": "import os, sys; sys.stdout.flush(); os._exit(0)",
+    "sys.exit": "import sys; sys.exit(0)",
+    "stuck in a block": "model.blocks[1].register_forward_hook(stop)\n"
+    "try: run()\nexcept KeyboardInterrupt: pass",
+}
+SCRIPT = """
+import dgls_torch, torch
+from helpers import net, inputs
+model = net()
+blocks = list(model.blocks)
+s = dgls_torch.stream(model, 30_000, device="cpu", min_stream_bytes=0, copy_bytes_per_s=3e6)
+def stop(*_):
+    raise KeyboardInterrupt
+def run():
+    with torch.inference_mode():
+        model(inputs())
+run()
+print("ready")
+"""
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+def test_the_interpreter_exits_silently(processes: Processes, ending: str) -> None:
+    done = processes.run(SCRIPT + ending)
+    assert (done.code, done.out, done.err) == (0, "ready\n", "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [("ValueError('x')", 1), ("SystemExit(7)", 7), ("KeyboardInterrupt", -2)]
+)
+def test_the_interpreter_exits_after_an_exception_in_a_block(
+    processes: Processes, raised: str, code: int
+) -> None:
+    hook = f"\ndef stop(*_): raise {raised}\nmodel.blocks[2].register_forward_hook(stop)\nrun()"
+    done = processes.run(SCRIPT + hook)
+    assert done.code == code
+    assert done.out == "ready\n"
+    last = done.err.strip().splitlines()[-1:] or [""]
+    assert last[0].split(":")[0] == {1: "ValueError", 7: "", -2: "KeyboardInterrupt"}[code]
+    assert "Exception ignored" not in done.err
+
+
+def test_import_is_lean() -> None:
+    script = (
+        "import sys, torch; before = set(sys.modules); import dgls_torch\n"
+        "print(torch.cuda.is_initialized(), 'libcuda.so' in open('/proc/self/maps').read())\n"
+        "lazy = {'torch._dynamo', 'safetensors', 'matplotlib', 'comfy', 'tqdm', 'diffusers'}\n"
+        "print(sorted((set(sys.modules) - before) & lazy))"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("False False\n[]\n", "")
