@@ -165,7 +165,7 @@ def test_the_same_block_again_while_it_runs() -> None:
                 thread.start()
                 assert waits.wait(30)
 
-                def let_go(*_: object, thread: threading.Thread = thread) -> None:
+                def let_go(*_: object, go: Any = go, thread: Any = thread) -> None:
                     go.set()
                     thread.join()
 
