@@ -10,6 +10,7 @@ mod lagging;
 mod overlap;
 mod plan;
 mod random;
+mod schedule;
 mod simulation;
 mod stack;
 mod tidy;

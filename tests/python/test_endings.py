@@ -102,8 +102,11 @@ def test_a_copy_is_free_and_keeps_nothing_alive() -> None:
             run(model)
         twin = copy.deepcopy(model)
         alone = copy.deepcopy(model.blocks[3])
-        uses = s.report().uses
+        uses, passes = s.report().uses, s.report().passes
         assert same(run(twin), run(net()))
+        assert same(run(copy.copy(model)), run(net()))  # has the same blocks, but is another model
+        assert s.report().passes == passes
+        uses += 6
         with torch.inference_mode():
             assert same(alone(inputs()), net().blocks[3](inputs()))
         assert s.report().uses == uses

@@ -125,6 +125,7 @@ def test_the_root_refuses_before_anything_is_computed() -> None:
     for make in (net, wrapped):
         model, ran = make(), []
         model.first.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        model.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         with (
             dgls_torch.stream(model, budgets(model)[0], **SMALL),
             pytest.raises(RuntimeError, match=REFUSED),

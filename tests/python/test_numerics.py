@@ -252,7 +252,15 @@ def test_tied_weights(where: str) -> None:
         for block in model.blocks[::2]:
             block.norm[0].weight = shared
         model.last.weight = shared
-    check(model, lambda m: m(inputs()))
+    reports = check(model, lambda m: m(inputs()))
+    # What is used outside as well stays, and counts there; what blocks share moves with each.
+    kept = {id(p) for part in (model.first, model.last) for p in part.parameters()}
+    for plan in [report.plan for report in reports]:
+        assert plan.outside_bytes == sum(
+            {id(p): p.nbytes for p in model.parameters() if id(p) in kept}.values()
+        )
+        sizes = [p.nbytes for b in model.blocks for p in b.parameters() if id(p) not in kept]
+        assert plan.block_bytes == sum(sizes)
 
 
 def test_the_same_memory_under_two_parameters() -> None:

@@ -133,6 +133,11 @@ impl WeightFile {
     /// [`Error::Read`] on a system error, a short read, or a file that changed since it was
     /// opened: other bytes than the plan was made for must not become weights.
     pub fn read_at(&self, offset: u64, address: u64, bytes: u64) -> Result<()> {
+        let mut found = 0;
+        // SAFETY: the handle is open; the caller of the device owns [address, address + bytes).
+        let code =
+            unsafe { sys::dgls_host_read_at(self.handle, offset, address, bytes, &raw mut found) };
+        // Looked at after the read, so that no change before its end goes unseen.
         let identity = self.identity_now()?;
         if identity != self.identity {
             let found = format!(
@@ -141,10 +146,6 @@ impl WeightFile {
             );
             return Err(self.refused(offset, bytes, found));
         }
-        let mut found = 0;
-        // SAFETY: the handle is open; the caller of the device owns [address, address + bytes).
-        let code =
-            unsafe { sys::dgls_host_read_at(self.handle, offset, address, bytes, &raw mut found) };
         match code {
             0 if found == bytes => Ok(()),
             0 => Err(self.refused(offset, bytes, format!("the file ended after {found} bytes"))),

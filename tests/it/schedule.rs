@@ -1,0 +1,153 @@
+//! Goal: the schedule enqueues each command as soon as it may, and nothing that it need not.
+//! Method: the exact commands of small programs; no device.
+
+use std::sync::Arc;
+
+use dgls_core::driver::EventSlot;
+use dgls_core::engine::{Command, Options, Schedule};
+use dgls_core::plan::{Copy, Profile, Program, Tensor, Use, Wait, plan};
+
+fn commands(act: impl FnOnce(&mut Vec<Command>)) -> Vec<Command> {
+    let mut out = Vec::new();
+    act(&mut out);
+    out
+}
+
+fn enter(schedule: &mut Schedule, block: u32) -> Vec<Command> {
+    commands(|out| assert!(schedule.enter(block, out).is_ok()))
+}
+
+fn exit(schedule: &mut Schedule) -> Vec<Command> {
+    commands(|out| assert!(schedule.exit(out).is_ok()))
+}
+
+/// Blocks of one tensor each, none of them resident, through two slots.
+fn streaming(blocks: u32, order: Vec<u32>) -> Schedule {
+    let tensors = (0..blocks).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let plan = plan(&Profile { tensors, order, min_stream_bytes: 0 }, 2048).expect("two slots");
+    assert_eq!(plan.slots, 2);
+    Schedule::new(Arc::new(plan.program), Options::default())
+}
+
+fn run(schedule: &mut Schedule, blocks: impl IntoIterator<Item = u32>) {
+    for block in blocks {
+        enter(schedule, block);
+        exit(schedule);
+    }
+}
+
+/// The copies of a list of commands.
+fn copies(commands: &[Command]) -> Vec<u32> {
+    let copy = |command: &Command| match command {
+        Command::Copy { index } => Some(*index),
+        _ => None,
+    };
+    commands.iter().filter_map(copy).collect()
+}
+
+#[test]
+fn in_order_a_block_costs_four_commands_and_a_copy() {
+    let mut schedule = streaming(4, vec![0, 1, 2, 3]);
+    let commands = commands(|out| schedule.prefetch(out));
+    assert_eq!(copies(&commands), [0, 1], "one for each slot");
+    run(&mut schedule, 0..4);
+    let acquire = Command::Acquire { slot: EventSlot(4), ticket: 5, timed: false };
+    assert_eq!(enter(&mut schedule, 0), [acquire]);
+    let over = EventSlot(4);
+    assert_eq!(
+        exit(&mut schedule),
+        [
+            Command::Release(over),
+            Command::WaitDone(over),
+            Command::Copy { index: 2 },
+            Command::Ready { slot: EventSlot(6), ticket: 7 },
+        ]
+    );
+}
+
+#[test]
+fn a_skipped_block_gives_its_slot_away_at_once() {
+    let mut schedule = streaming(4, vec![0, 1, 2, 3]);
+    run(&mut schedule, 0..4);
+    // Uses 4 and 5 are enqueued: block 0, which does not come, and block 1.
+    let commands = enter(&mut schedule, 1);
+    assert_eq!(copies(&commands), [2], "into the slot of block 0, beside block 1");
+    assert!(!commands.contains(&Command::Cancel));
+}
+
+#[test]
+fn what_comes_out_of_turn_is_fetched_on_demand() {
+    let mut schedule = streaming(4, vec![0, 1, 2, 3]);
+    run(&mut schedule, 0..4);
+    let commands = enter(&mut schedule, 3);
+    assert_eq!(commands[0], Command::Cancel);
+    assert_eq!(copies(&commands)[0], 3);
+    assert_eq!(commands.last().map(|last| matches!(last, Command::Acquire { .. })), Some(true));
+}
+
+#[test]
+fn nothing_is_prefetched_beside_a_dormant_block_that_streams() {
+    let mut schedule = streaming(4, vec![0, 1]);
+    run(&mut schedule, [0, 1]);
+    let fetched = enter(&mut schedule, 3);
+    assert_eq!((fetched[0], copies(&fetched)), (Command::Cancel, vec![3]));
+    assert_eq!(commands(|out| schedule.prefetch(out)), []);
+    assert_eq!(copies(&exit(&mut schedule)), [0, 1], "what it displaced");
+}
+
+#[test]
+fn a_block_that_is_not_in_the_plan_changes_nothing() {
+    let mut schedule = streaming(4, vec![0, 1, 2, 3]);
+    run(&mut schedule, 0..2);
+    assert_eq!(commands(|out| assert!(schedule.enter(4, out).is_err())), []);
+    let acquire = Command::Acquire { slot: EventSlot(2), ticket: 3, timed: false };
+    assert_eq!(enter(&mut schedule, 2), [acquire]);
+    assert_eq!(commands(|out| assert!(schedule.enter(3, out).is_err())), []);
+    assert_eq!(schedule.active_block(), Some(2));
+}
+
+/// Three uses; the second has a copy that may come at any time and one that waits for the third.
+fn in_parts() -> Schedule {
+    let used = |block: u32, copies| Use { block, copies, offsets: Vec::new() };
+    let copy = |tensor, wait| Copy {
+        tensor,
+        source_offset: 0,
+        target_offset: u64::from(tensor) << 10,
+        bytes: 1024,
+        wait,
+    };
+    let program = Program {
+        uses: vec![used(0, 0..0), used(1, 0..2), used(2, 2..2)],
+        cycle: 3,
+        copies: vec![copy(0, None), copy(1, Some(Wait { position: 2, lag: 1 }))],
+        loads: vec![Vec::new(); 3],
+        passes: 1,
+    };
+    Schedule::new(Arc::new(program), Options { timing: true, ..Options::default() })
+}
+
+#[test]
+fn a_use_is_prefetched_in_parts() {
+    let mut schedule = in_parts();
+    run(&mut schedule, 0..1);
+    let early = enter(&mut schedule, 1);
+    assert_eq!(copies(&early), [0], "of the next pass; the other one waits for block 2");
+    assert!(early.contains(&Command::CopyStart(EventSlot(4))));
+    assert!(!early.iter().any(|c| matches!(c, Command::Ready { slot: EventSlot(4), .. })));
+    assert_eq!(copies(&exit(&mut schedule)), []);
+    assert_eq!(copies(&enter(&mut schedule, 2)), []);
+    let late = exit(&mut schedule);
+    assert_eq!(copies(&late), [1]);
+    assert!(!late.contains(&Command::CopyStart(EventSlot(4))), "it is marked already");
+    assert!(late.iter().any(|c| matches!(c, Command::Ready { slot: EventSlot(4), .. })));
+}
+
+#[test]
+fn a_part_that_was_prefetched_does_not_count_after_a_cancel() {
+    let mut schedule = in_parts();
+    run(&mut schedule, 0..2);
+    // Block 1 again: one of its copies is enqueued, but may have been dropped from the queue.
+    let commands = enter(&mut schedule, 1);
+    assert_eq!(commands[0], Command::Cancel);
+    assert_eq!(copies(&commands)[..2], [0, 1]);
+}
