@@ -28,8 +28,6 @@ pub struct SimOptions {
     pub ns_per_kib: u64,
     /// Nanoseconds for each copy, whatever its size.
     pub latency_ns: u64,
-    /// The n-th copy from now is refused, and so on for each entry.
-    pub failing_copies: Vec<u64>,
     /// Sources above this address have to be staged.
     pub staged_from: Option<u64>,
 }
@@ -56,7 +54,6 @@ struct State {
     /// Host ranges that were written again, by first byte: their end, and how often.
     rewritten: BTreeMap<u64, (u64, u64)>,
     chunk_next: u64,
-    copies: u64,
     violations: Vec<String>,
 }
 
@@ -84,7 +81,6 @@ impl SimDevice {
                 host_memory: Memory::default(),
                 rewritten: BTreeMap::new(),
                 chunk_next: 1 << 60,
-                copies: 0,
                 violations: Vec::new(),
             }),
         }
@@ -207,11 +203,6 @@ impl Device for SimDevice {
 
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
         let mut state = self.state.lock();
-        state.copies += 1;
-        let number = state.copies;
-        if state.options.failing_copies.contains(&number) {
-            return Err(Error::Driver { call: "copy", code: 1, name: "injected".into() });
-        }
         let Source::Memory { address } = source else {
             return Err(Error::Invalid("the simulated device reads no files".into()));
         };

@@ -65,10 +65,17 @@ impl Core {
         pins: Option<Pins>,
         staging: Option<Staging>,
     ) -> Result<Self> {
-        let pins = pins.unwrap_or_else(|| lock_streamed(&device, &spec, &plan));
+        let mut pins = pins.unwrap_or_else(|| lock_streamed(&device, &spec, &plan));
         let program = Arc::new(plan.program.clone());
-        let weights = weights_of(device.as_ref(), &spec, &pins);
-        let staging = staging_for(&device, &spec, &weights, staging)?;
+        let mut weights = weights_of(device.as_ref(), &spec, &pins);
+        let staging = match staging_for(&device, &spec, &weights, staging) {
+            Err(_) if pins.bytes() > 0 => {
+                pins.give_up();
+                weights = weights_of(device.as_ref(), &spec, &pins);
+                staging_for(&device, &spec, &weights, None)?
+            }
+            staging => staging?,
+        };
         let slots = Schedule::event_slots(&program);
         device.prepare(slots, staging.as_ref().map_or(0, Staging::count))?;
         let capacity = Schedule::most_commands(&program);

@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use crate::driver::Device;
 
+/// After so many refusals the limit of the system is taken to be reached.
+const MOST_REFUSALS: u64 = 4;
+
 /// A range of host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
@@ -34,8 +37,9 @@ impl Pins {
 
     /// Locks `spans`, in their order of worth, until `budget_bytes` of whole pages are spent.
     ///
-    /// Never fails: what cannot be locked goes through staging, and is counted. After the first
-    /// refusal nothing more is tried: the next one would fail too, and each costs time.
+    /// Never fails: what cannot be locked goes through staging, and is counted. One refusal may be
+    /// about one range, which someone else has locked; after a few nothing more is tried, since
+    /// where the limit is reached all would fail, and each costs time.
     pub fn lock(device: Arc<dyn Device>, spans: &[Span], budget_bytes: u64, page: u64) -> Self {
         let mut pins = Self::none(device);
         let mut left = budget_bytes;
@@ -46,13 +50,24 @@ impl Pins {
             }
             if pins.device.page_lock(range.address, range.bytes).is_err() {
                 pins.failed += 1;
-                break;
+                if pins.failed == MOST_REFUSALS {
+                    break;
+                }
+                continue;
             }
             left -= pages;
             pins.locked.push(range);
         }
         pins.locked.sort_by_key(|range| range.address);
         pins
+    }
+
+    /// Unlocks everything, because staging needs the room; counts as a refusal.
+    pub fn give_up(&mut self) {
+        for range in self.locked.drain(..) {
+            self.device.page_unlock(range.address, range.bytes);
+        }
+        self.failed += 1;
     }
 
     /// Whether a whole span is page-locked.

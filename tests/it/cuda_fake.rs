@@ -15,13 +15,14 @@ use dgls_core::{Error, Result, probe};
 use crate::fake::{Seen, Session, load};
 use crate::random::Random;
 use crate::stack::{Stack, index};
-use crate::weights::{Scratch, Weights};
+use crate::weights::{Scratch, Weights, bytes_at};
 
 /// An engine on the fake driver, with the weights and the arena that it uses.
 pub(crate) struct Rig<'a> {
     pub(crate) engine: Engine,
     arena: Pages,
     weights: &'a Weights,
+    sources: Vec<Source>,
     seen: Vec<(usize, Seen)>,
 }
 
@@ -73,7 +74,7 @@ impl<'a> Rig<'a> {
         };
         let arena = Pages::new(setup.budget).expect("host memory");
         let engine = Engine::new(device, spec, arena.address(), setup.budget)?;
-        Ok(Self { engine, arena, weights, seen: Vec::new() })
+        Ok(Self { engine, arena, weights, sources: setup.sources.clone(), seen: Vec::new() })
     }
 
     /// Runs a block whose kernels take `microseconds` each and read at their end.
@@ -98,7 +99,12 @@ impl<'a> Rig<'a> {
     /// Waits for all kernels and counts those that read wrong bytes.
     pub(crate) fn wrong(&mut self, session: &Session) -> usize {
         session.synchronize();
-        let wrong = |(tensor, seen): &(usize, Seen)| seen.bytes() != self.weights.tensor(*tensor);
+        let wrong = |(tensor, seen): &(usize, Seen)| match self.sources[*tensor] {
+            Source::Memory { address } => {
+                seen.bytes() != bytes_at(address, self.weights.stack.bytes(*tensor))
+            }
+            Source::File { .. } => seen.bytes() != self.weights.tensor(*tensor),
+        };
         let count = self.seen.iter().filter(|seen| wrong(seen)).count();
         self.seen.clear();
         count
@@ -199,6 +205,30 @@ fn a_lost_wait_for_a_chunk_shows() {
     let dropped = Dropped { chunk: true, ..Dropped::default() };
     let (wrong, all) = wrong_reads(dropped, 2000, 0, 0);
     assert!(wrong >= all / 4, "{wrong} of {all}");
+}
+
+#[test]
+fn tensors_that_share_memory_are_locked_once() {
+    let session = Session::new();
+    let weights = model();
+    let (least, _) = weights.stack.budgets();
+    let mut setup = Setup::new(&weights, 2 * least);
+    // Tied weights, and views that overlap in part, within a block and across blocks.
+    setup.sources[4] = setup.sources[1];
+    setup.sources[7] = setup.sources[1].advanced(4097);
+    setup.sources[9] = setup.sources[10].advanced(256);
+    setup.sources[15] = setup.sources[9];
+    let mut rig = Rig::new(&weights, &setup, None).expect("no faults");
+    assert_eq!(rig.engine.stats().pin_failures, 0);
+    for block in (0..6).chain([3, 1, 5, 0]) {
+        rig.use_block(&session, block, session.stream(0), 50).expect("no faults");
+    }
+    assert_eq!(rig.wrong(&session), 0);
+    rig.engine.rebuild(least, rig.arena.address(), least).expect("feasible");
+    rig.engine.close().expect("no faults");
+    assert_eq!(session.get("host_ranges"), 0);
+    drop(rig);
+    session.finish();
 }
 
 #[test]

@@ -115,17 +115,28 @@ fn memory_that_cannot_be_page_locked_is_staged() {
     let weights = model();
     let (least, _) = weights.stack.budgets();
     let setup = Setup::new(&weights, 2 * least);
-    session.set("fail_register_in", 1);
+    let all = Rig::new(&weights, &setup, None).expect("no faults").engine.stats();
+    assert_eq!((all.pin_failures, all.staging_bytes), (0, 0));
+    let run = |failures: u64| {
+        let mut rig = Rig::new(&weights, &setup, None).expect("staging does it");
+        for block in (0..6).chain(0..6) {
+            rig.use_block(&session, block, session.stream(0), 0).expect("no more faults");
+        }
+        assert_eq!(rig.wrong(&session), 0);
+        let stats = rig.engine.stats();
+        assert_eq!(stats.pin_failures, failures);
+        assert!(stats.staging_bytes > 0);
+        stats.pinned_bytes
+    };
+    session.set("fail_register_in", 2);
     session.set("fail_code", 2);
-    let mut rig = Rig::new(&weights, &setup, None).expect("staging does it");
-    for block in 0..6 {
-        rig.use_block(&session, block, session.stream(0), 0).expect("no more faults");
-    }
-    assert_eq!(rig.wrong(&session), 0);
-    let stats = rig.engine.stats();
-    assert_eq!((stats.pinned_bytes, stats.pin_failures), (0, 1));
-    assert!(stats.staging_bytes > 0);
-    drop(rig);
+    let pinned_bytes = run(1);
+    assert!(0 < pinned_bytes && pinned_bytes < all.pinned_bytes, "all but one range");
+
+    // Room for one tensor, but then for no chunk: staging comes first, since it can do it all.
+    session.set("pin_cap", 19 << 12);
+    assert_eq!(run(4 + 1), 0, "after four refusals no more is tried");
+    session.set("pin_cap", 1 << 30);
 
     // Read-only memory is refused as an invalid value, and locked with the flag that says so.
     session.set("fail_register_in", 1);

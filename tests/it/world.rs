@@ -117,7 +117,6 @@ impl World {
             jitter: true,
             ns_per_kib: random.pick(&[5, 40, 200]),
             latency_ns: random.pick(&[0, 1000, 10_000]),
-            failing_copies: Vec::new(),
             staged_from: match staged {
                 Staged::None => None,
                 Staged::Half => Some(stack.middle()),

@@ -31,6 +31,27 @@ def wrapped(seed: int = 0) -> nn.Module:
     return model
 
 
+class Inside(Pair):
+    """A wrapper whose product is one of what it wraps, above autograd, which then saves that."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return func(args[0] * args[1].scale.sum(), args[1].payload, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def inside(seed: int = 0) -> nn.Module:
+    """A model with nothing but such wrappers in its blocks."""
+    model = net(seed=seed)
+    for number in range(6):
+        made = Inside(torch.randn(32, 32) / 6, torch.ones(1))
+        model.blocks[number] = nn.Linear(32, 32, bias=False)
+        model.blocks[number].weight = nn.Parameter(made, requires_grad=False)
+    return model
+
+
 def frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
@@ -48,7 +69,7 @@ def test_modes_without_grad(mode: Any, make: Any) -> None:
     check(make(), lambda m: m(inputs()), mode=mode)
 
 
-@pytest.mark.parametrize("make", [net, wrapped], ids=["plain", "wrapped"])
+@pytest.mark.parametrize("make", [net, wrapped, inside])
 def test_frozen_weights_in_grad_mode(make: Any) -> None:
     check(frozen(make()), lambda m: m(inputs()), mode=contextlib.nullcontext, passes=4)
 
@@ -158,9 +179,9 @@ def test_a_trainable_head_on_streamed_blocks() -> None:
     assert same(gradients(True), gradients(False))
 
 
-@pytest.mark.parametrize("source", ["tensors", "wrapped", "cpu", "meta"])
+@pytest.mark.parametrize("source", ["tensors", "wrapped", "inside", "cpu", "meta"])
 def test_backward_through_weights_that_are_gone_is_an_error(source: str, tmp_path: Any) -> None:
-    make = wrapped if source == "wrapped" else net
+    make = {"wrapped": wrapped, "inside": inside}.get(source, net)
     options: dict[str, Any] = {}
     if source in ("cpu", "meta"):
         options["source"] = tmp_path / "net.safetensors"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dgls_torch
+from dgls_torch import native
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -201,6 +202,27 @@ def test_a_file_that_changes_while_it_is_in_use_is_an_error(how: str, tmp_path: 
                 run(model)
         assert same(expected, run(net()))
     before.check(model)
+
+
+def test_a_file_that_changes_before_it_is_in_use_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its header and the first read of the engine."""
+    source = save(net(), tmp_path)
+    make = native.empty_arena
+
+    def change(size: int, device: torch.device) -> torch.Tensor:
+        save(net(seed=2), tmp_path)
+        os.utime(source, ns=(1, 1))
+        return make(size, device)
+
+    monkeypatch.setattr(native, "empty_arena", change)
+    model = meta()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"model\.safetensors.* changed"):
+        dgls_torch.stream(model, 1 << 20, source=source, **SMALL)
+    before.check(model)
+    assert threads() == []
 
 
 def test_a_file_that_is_deleted_or_replaced_is_still_read(tmp_path: Path) -> None:

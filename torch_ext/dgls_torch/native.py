@@ -109,6 +109,11 @@ class Engine:
         return self._number
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was not closed yet."""
+        return self._number is not None
+
+    @property
     def arena_bytes(self) -> int:
         """Device bytes held."""
         return self._arena.numel() if self._number is not None else 0
@@ -170,7 +175,7 @@ class Engine:
             with torch.inference_mode(weight.param.is_inference()), torch.no_grad():
                 made = weight.bound([p.view(self._arena, offset_of[id(p)]) for p in weight.parts])
             views += [made] * len(weight.targets())
-            if weight.is_entry and not made.is_inference():
+            if weight.is_entry:
                 self._made[block] += [made, *inner_tensors(made)]
         return views
 
@@ -299,7 +304,7 @@ def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
     That is its parameters and what stands in for them: ``made``, which `Engine` fills.
     """
     increment = torch.autograd.graph.increment_version
-    params = [w.param for w in weights if not w.is_entry and not w.param.is_inference()]
+    params = [w.param for w in weights if not w.is_entry]
     return lambda: increment([*params, *made])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from dgls_torch.native import Engine
     from dgls_torch.stream import Stream
 
 
@@ -48,14 +49,17 @@ class _Before(_Hook):
         if engine is None or hooks is None:
             return
         hooks.check_grad()
+        hooks.began = engine
         engine.begin_pass()
 
 
 class _After(_Hook):
     @staticmethod
     def act(stream: Stream) -> None:
-        if stream._engine is not None:
-            stream._engine.end_pass()
+        engine, hooks = stream._engine, stream._hooks
+        # Another thread may have replanned or detached: the pass is none of the new engine's.
+        if engine is not None and hooks is not None and hooks.began is engine and engine.is_open:
+            engine.end_pass()
 
 
 class PassHooks:
@@ -70,6 +74,7 @@ class PassHooks:
         ]
         layout = stream._layout
         weights = [] if layout is None else layout.weights
+        self.began: Engine | None = None
         self._params = [w.param for ws in weights for w in ws]
 
     @staticmethod
