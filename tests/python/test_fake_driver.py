@@ -257,7 +257,11 @@ before.check(model)
 """)
     for line in said[:3]:
         assert "page-locking 65536 bytes failed: cuMemHostAlloc failed with CUDA error 2" in line
-    assert said[3:] == ["32", "1 0 True"]
+    assert said[3] == "32"
+    failures, pinned_bytes, staged = said[4].split()
+    # One refusal may be about one range: the others are locked all the same, that one is staged.
+    assert (failures, staged) == ("1", "True")
+    assert int(pinned_bytes) > 0
 
 
 def test_a_stream_that_cannot_be_made(script: Script) -> None:
