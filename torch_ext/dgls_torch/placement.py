@@ -26,8 +26,8 @@ class Placement:
         """
         self._device = device
         self._source = source
-        self._entries: list[tuple[dict[str, Any], str, Any]] = []
-        self._data: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._entries: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._data: list[tuple[nn.Parameter, torch.Tensor, int]] = []
         self._placed: dict[int, nn.Parameter] = {}
         self.bytes = 0
 
@@ -57,19 +57,30 @@ class Placement:
                     continue
                 name = f"{prefix}.{key}" if prefix else key
                 self.bytes += _bytes(buffer)
-                if buffer.is_meta:
-                    self._set(module._buffers, key, self._load(name, buffer))
-                elif buffer.device != self._device:
-                    self._set(module._buffers, key, buffer.to(self._device))
+                with torch.inference_mode(buffer.is_inference()):
+                    if buffer.is_meta:
+                        self._set(module._buffers, key, self._load(name, buffer))
+                    elif buffer.device != self._device:
+                        self._set(module._buffers, key, buffer.to(self._device))
 
     def restore(self) -> None:
-        """Binds everything that was there before, last moved first; does nothing twice."""
+        """Binds everything that was there before, last moved first; does nothing twice.
+
+        What was changed in place on the device meanwhile, or put in its place, is brought along.
+        """
         while self._data:
-            param, data = self._data.pop()
+            param, data, version = self._data.pop()
+            if _changed(data, param, version):
+                _copy(data, param.data)
             param.data = data
         while self._entries:
-            owner, key, value = self._entries.pop()
-            owner[key] = value
+            owner, key, before, made = self._entries.pop()
+            now: Any = owner.get(key)
+            if now is not made and now is not None and not before.is_meta:
+                before = now.to(before.device)
+            elif now is made and not before.is_meta and _changed(before, made, 0):
+                _copy(before, made)
+            owner[key] = before
         self._placed.clear()
         self.bytes = 0
 
@@ -81,6 +92,11 @@ class Placement:
             return
         self._placed[id(param)] = param
         self.bytes += _bytes(param)
+        # A normal tensor wherever stream() is called from: backward may be asked for elsewhere.
+        with torch.inference_mode(param.is_inference()):
+            self._move(name, owner, key, param)
+
+    def _move(self, name: str, owner: dict[str, Any], key: str, param: nn.Parameter) -> None:
         if param.is_meta:
             made = nn.Parameter(self._load(name, param), requires_grad=param.requires_grad)
         elif param.device == self._device:
@@ -88,14 +104,14 @@ class Placement:
         elif is_traceable_wrapper_subclass(param):
             made = nn.Parameter(param.detach().to(self._device), requires_grad=False)
         else:
-            self._data.append((param, param.data))
+            self._data.append((param, param.data, _version(param)))
             param.data = param.data.to(self._device)
             return
         self._placed[id(param)] = made
         self._set(owner, key, made)
 
     def _set(self, owner: dict[str, Any], key: str, value: object) -> None:
-        self._entries.append((owner, key, owner[key]))
+        self._entries.append((owner, key, owner[key], value))
         owner[key] = value
 
     def _load(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -106,6 +122,28 @@ class Placement:
             )
         file_part(name, tensor, self._source)
         return self._source.load_tensor(name, self._device)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Moves with every change in place, but for inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _changed(before: torch.Tensor, now: torch.Tensor, version: int) -> bool:
+    """Whether a tensor was written to since it had this version.
+
+    Of parameters the version tells. Batch norm writes its statistics without moving it, and
+    inference tensors have none: there the bytes are compared.
+    """
+    plain = now.layout is torch.strided and not is_traceable_wrapper_subclass(now)
+    if plain and (now.is_inference() or not isinstance(now, nn.Parameter)):
+        return not torch.equal(before, now.detach().to(before.device))
+    return now.is_inference() or _version(now) != version
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.no_grad(), torch.inference_mode(target.is_inference()):
+        target.copy_(source)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
