@@ -169,7 +169,7 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Driver`].
     fn mark_chunk(&self, chunk: u32) -> Result<()>;
 
-    /// Blocks until the last mark of `chunk` has passed.
+    /// Blocks until the last mark of `chunk` has passed; does not where none was made.
     ///
     /// # Errors
     ///

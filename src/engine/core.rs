@@ -227,7 +227,7 @@ impl Core {
     /// Blocks until nothing runs any more, on no stream that was ever named, although any of the
     /// last commands may not have been enqueued.
     fn settle(&self, compute: ComputeStream, last: Option<EventSlot>) -> Result<()> {
-        self.executor.recover(&self.commands)?;
+        self.executor.recover()?;
         let origin = self.schedule.origin();
         self.device.mark_done(origin, compute)?;
         self.device.quiesce(Some(origin))?;

@@ -179,18 +179,14 @@ impl Executor {
         Ok(())
     }
 
-    /// After an error in `commands`: drops the copies that are not enqueued yet, and makes the
-    /// copy stream wait for everything that it should have waited for.
+    /// After an error: drops the copies that are not enqueued yet, but not the waits.
     ///
     /// # Errors
     ///
     /// The device's error; then nothing is known of what still runs.
-    pub(super) fn recover(&self, commands: &[Command]) -> Result<()> {
+    pub(super) fn recover(&self) -> Result<()> {
         let queued = self.stager.as_ref().map_or_else(Vec::new, Stager::reset);
-        queued.iter().chain(commands).try_for_each(|&command| match command {
-            Command::WaitDone(slot) | Command::Join(slot) => self.device.wait_done(slot),
-            _ => Ok(()),
-        })
+        queued.into_iter().try_for_each(|slot| self.device.wait_done(slot))
     }
 
     /// Ends the staging thread; otherwise as [`Executor::recover`].
@@ -199,7 +195,7 @@ impl Executor {
     ///
     /// As [`Executor::recover`].
     pub(super) fn stop(&mut self) -> Result<()> {
-        let recovered = self.recover(&[]);
+        let recovered = self.recover();
         self.stager = None;
         recovered
     }

@@ -53,9 +53,8 @@ pub(super) fn staging_for(
     if weights.iter().all(|weight| weight.direct) {
         return Ok(None);
     }
-    if let Some(mut staging) = existing {
-        staging.restart();
-        return Ok(Some(staging));
+    if existing.is_some() {
+        return Ok(existing);
     }
     let half = spec.staging_bytes / 2 / LEAST_CHUNK_BYTES * LEAST_CHUNK_BYTES;
     let chunk_bytes = half.clamp(LEAST_CHUNK_BYTES, CHUNK_BYTES);

@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::command::Command;
 use super::executor::CopySide;
+use crate::driver::EventSlot;
 use crate::error::{Error, Result};
 
 #[derive(Debug)]
@@ -103,17 +104,20 @@ impl Stager {
         self.shared.state.lock().queue.retain(keep);
     }
 
-    /// Drops everything, the error as well, and gives back the waits that were not enqueued.
+    /// Drops everything, the error as well, and gives back what was to be waited for.
     /// Blocks until the command under way has ended.
-    pub(super) fn reset(&self) -> Vec<Command> {
-        let is_wait = |command: &Command| matches!(command, Command::WaitDone(_));
+    pub(super) fn reset(&self) -> Vec<EventSlot> {
+        let wait = |command: Command| match command {
+            Command::WaitDone(slot) => Some(slot),
+            _ => None,
+        };
         let mut state = self.shared.state.lock();
-        let mut waits: Vec<Command> = state.queue.drain(..).filter(is_wait).collect();
+        let mut waits: Vec<EventSlot> = state.queue.drain(..).filter_map(wait).collect();
         while state.busy {
             self.shared.ran.wait(&mut state);
         }
         // The command under way may have been a wait that failed.
-        waits.extend(state.queue.drain(..).filter(is_wait));
+        waits.extend(state.queue.drain(..).filter_map(wait));
         state.error = None;
         waits
     }

@@ -12,7 +12,6 @@ pub struct Staging {
     chunks: Vec<u64>,
     chunk_bytes: u64,
     next: usize,
-    used: Vec<bool>,
 }
 
 impl Staging {
@@ -23,8 +22,7 @@ impl Staging {
     /// [`crate::Error::PageLock`] when not even one chunk can be had; fewer than asked for are
     /// accepted, since one is enough to be correct.
     pub fn new(device: Arc<dyn Device>, count: u32, chunk_bytes: u64) -> Result<Self> {
-        let mut staging =
-            Self { device, chunks: Vec::new(), chunk_bytes, next: 0, used: Vec::new() };
+        let mut staging = Self { device, chunks: Vec::new(), chunk_bytes, next: 0 };
         for _ in 0..count.max(1) {
             match staging.device.allocate_chunk(chunk_bytes) {
                 Ok(address) => staging.chunks.push(address),
@@ -32,19 +30,12 @@ impl Staging {
                 Err(_) => break,
             }
         }
-        staging.used = vec![false; staging.chunks.len()];
         Ok(staging)
     }
 
     /// How many chunks there are.
     pub fn count(&self) -> u32 {
         crate::units::narrow(self.chunks.len())
-    }
-
-    /// Forgets the marks of the chunks: the device has new ones, and no copy is in flight.
-    pub fn restart(&mut self) {
-        self.used.fill(false);
-        self.next = 0;
     }
 
     /// Page-locked bytes held.
@@ -63,13 +54,10 @@ impl Staging {
         while moved < bytes {
             let part = self.chunk_bytes.min(bytes - moved);
             let (chunk, address) = (crate::units::narrow(self.next), self.chunks[self.next]);
-            if self.used[self.next] {
-                self.device.wait_chunk(chunk)?;
-            }
+            self.device.wait_chunk(chunk)?;
             self.device.read(source.advanced(moved), address, part)?;
             self.device.copy(Source::Memory { address }, target + moved, part)?;
             self.device.mark_chunk(chunk)?;
-            self.used[self.next] = true;
             self.next = (self.next + 1) % self.chunks.len();
             moved += part;
         }
