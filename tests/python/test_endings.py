@@ -239,6 +239,28 @@ def test_the_interpreter_exits_after_an_exception_in_a_block(
     assert "Exception ignored" not in done.err
 
 
+def test_what_is_attached_at_exit_is_detached() -> None:
+    """Not left to the end of the process, when the driver may be gone."""
+    script = (
+        "import atexit, torch\n"
+        "atexit.register(lambda: print(threads(), [p.is_meta for p in model.parameters()][:2]))\n"
+        "import dgls_torch\n"
+        "from helpers import SMALL, net, threads\n"
+        "model = net()\n"
+        "s = dgls_torch.stream(model, 40_000, **SMALL)\n"
+        "print(threads())"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr) == ("['dgls-copy']\n[] [False, False]\n", "")
+
+
 def test_import_is_lean() -> None:
     script = (
         "import sys, torch; before = set(sys.modules); import dgls_torch\n"

@@ -80,6 +80,10 @@ def test_masters_are_back_after_an_exception(error: type[BaseException]) -> None
             assert masters(model) == before
             with pytest.raises(error):
                 call(x)
+            model(x, [])  # a pass without any block
+            assert masters(model) == before
+            with pytest.raises(error):
+                call(x)
             model.blocks[1](x)  # another block takes back what was left bound
             assert masters(model) == before
 

@@ -94,6 +94,9 @@ def test_attached_in_one_mode_and_run_in_another() -> None:
             for mode in modes:
                 with mode():
                     assert same(model(x), expected)
+            out = model(inputs().requires_grad_())
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
         with attach():
             s.detach()
         before.check(model)
@@ -188,8 +191,10 @@ def test_backward_through_weights_that_are_gone_is_an_error(source: str, tmp_pat
         save_file(net().state_dict(), options["source"])
     with torch.device("meta" if source == "meta" else "cpu"):
         model = frozen(make())
-    for size in budgets(model, **options):
-        with dgls_torch.stream(model, size, **SMALL, **options):
+    for count, size in enumerate(budgets(model, **options)):
+        with [torch.enable_grad, torch.inference_mode][count % 2]():  # where it is attached
+            s = dgls_torch.stream(model, size, **SMALL, **options)
+        with s:
             for number in range(4):
                 x = inputs().requires_grad_()
                 out = model(x)

@@ -219,7 +219,9 @@ def test_conjugated_negative_and_sparse_weights_stay() -> None:
 
     torch.manual_seed(3)
     model = nn.Sequential(*[Odd(seed) for seed in range(4)])
-    check(model, lambda m: m(torch.eye(8)))
+    plan = check(model, lambda m: m(torch.eye(8)))[0].plan
+    assert plan.block_bytes == 4 * 8 * 8 * 4
+    assert plan.outside_bytes == 4 * 8 * 8 * (8 + 4 + 4)
 
 
 def test_empty_parameters_and_containers() -> None:

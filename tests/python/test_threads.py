@@ -191,6 +191,9 @@ def test_detach_and_replan_wait_for_a_block_in_another_thread(act: str) -> None:
     expected, before = run(model), Snapshot(model)
     weight = model.blocks[2].down.weight
     master = weight.data_ptr()
+    after = model.blocks[3].up.weight
+    where = after.data_ptr(), []
+    hook = model.blocks[3].up.register_forward_hook(lambda *_: where[1].append(after.data_ptr()))
     s = dgls_torch.stream(model, budgets(model)[0], **SMALL)
     done = threading.Thread(target=getattr(s, act))
 
@@ -207,6 +210,9 @@ def test_detach_and_replan_wait_for_a_block_in_another_thread(act: str) -> None:
     done.join()
     assert raised == []
     assert same(out[0], expected)
+    if act == "detach":
+        assert where[1] == [where[0]], "a block began after detach()"
+    hook.remove()
     assert same(run(model), expected)
     s.detach()
     del model.blocks[2].wait
