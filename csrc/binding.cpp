@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(dgls, m) {
   m.def(
       "plan(int[] tensor_bytes, int[] tensor_block, int[] order, int budget_bytes, "
       "int min_stream_bytes=0) -> (int[], int[])");
+  m.def("plan.json(str inputs) -> str");
   m.def(
       "create(Tensor arena, Tensor[] weights, int[] file_index, int[] file_offset, "
       "int[] file_bytes, str[] files, int[] tensor_block, int[] order, int budget_bytes, "
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY(dgls, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&dgls::op_plan));
+  m.impl("plan.json", TORCH_BOX(&dgls::op_plan_json));
   m.impl("create", TORCH_BOX(&dgls::op_create));
   m.impl("plan_for", TORCH_BOX(&dgls::op_plan_for));
   m.impl("rebuild", TORCH_BOX(&dgls::op_rebuild));

@@ -45,9 +45,12 @@ rust::Vec<uint32_t> blocks_of(const Ints& values, const char* name) {
 std::tuple<Ints, Ints> facts_of(const PlanFacts& plan) {
   Ints resident(plan.resident.begin(), plan.resident.end());
   auto number = [](uint64_t value) { return static_cast<int64_t>(value); };
-  Ints facts = {
-      number(plan.resident_bytes), number(plan.streamed_bytes), plan.slots, number(plan.slot_bytes),
-      number(plan.arena_bytes),    number(plan.least_bytes),    plan.passes};
+  auto nanoseconds = [](double seconds) {
+    return seconds < 0 ? int64_t{-1} : static_cast<int64_t>(seconds * 1e9);
+  };
+  Ints facts = {number(plan.resident_bytes), number(plan.streamed_bytes), number(plan.ring_bytes),
+                number(plan.arena_bytes),    number(plan.least_bytes),    plan.passes,
+                nanoseconds(plan.period_s),  nanoseconds(plan.bound_s)};
   return {std::move(resident), std::move(facts)};
 }
 
@@ -119,6 +122,10 @@ std::tuple<Ints, Ints> op_plan(Ints tensor_bytes, Ints tensor_block, Ints order,
   }
   return facts_of(make_plan(specs, blocks_of(order, "order"), unsigned_of(budget_bytes, "budget"),
                             unsigned_of(min_stream_bytes, "min_stream_bytes")));
+}
+
+std::string op_plan_json(std::string inputs) {
+  return std::string(plan_json(inputs));
 }
 
 int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, Ints file_offset,

@@ -14,6 +14,7 @@ using Ints = std::vector<int64_t>;
 std::tuple<Ints, Ints> op_plan(Ints tensor_bytes, Ints tensor_block, Ints order,
                                int64_t budget_bytes, int64_t min_stream_bytes);
 
+std::string op_plan_json(std::string inputs);
 int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, Ints file_offset,
                   Ints file_bytes, std::vector<std::string> files, Ints tensor_block, Ints order,
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,

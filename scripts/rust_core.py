@@ -144,7 +144,7 @@ def find_cargo() -> str:
         places = f"on PATH or in {home / 'bin'}"
     if found is None:
         fail(
-            f"needs cargo (Rust >= 1.85) to build its core and found none {places}; install Rust "
+            f"needs cargo (Rust >= 1.86) to build its core and found none {places}; install Rust "
             "with rustup, or set DGLS_PREBUILT_STATICLIB and DGLS_PREBUILT_INCLUDE to a prebuilt "
             "bundle, or install a ready wheel"
         )
@@ -156,7 +156,7 @@ def require_rust(cargo: str) -> None:
     said = subprocess.run([cargo, "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"(\d+)\.(\d+)", said)
     if version and (int(version[1]), int(version[2])) < OLDEST_RUST:
-        fail(f"needs Rust >= 1.85 and found {said.strip()} ({cargo}); update it with rustup update")
+        fail(f"needs Rust >= 1.86 and found {said.strip()} ({cargo}); update it with rustup update")
 
 
 if __name__ == "__main__":

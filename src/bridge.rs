@@ -60,11 +60,14 @@ mod ffi {
         resident: Vec<u8>,
         resident_bytes: u64,
         streamed_bytes: u64,
-        slots: u32,
-        slot_bytes: u64,
+        ring_bytes: u64,
         arena_bytes: u64,
         least_bytes: u64,
         passes: u32,
+        /// Predicted seconds of a pass, and the bound of any policy; negative where no times are
+        /// known.
+        period_s: f64,
+        bound_s: f64,
     }
 
     /// Where the tensors of one position of the program lie in the arena.
@@ -111,6 +114,7 @@ mod ffi {
             budget_bytes: u64,
             min_stream_bytes: u64,
         ) -> Result<PlanFacts>;
+        fn plan_json(inputs: &CxxString) -> Result<String>;
         fn make_engine(spec: &EngineSpec) -> Result<Box<Handle>>;
         fn enter(self: &Handle, block: u32, stream: u64) -> Result<u32>;
         fn may_block(self: &Handle, block: u32) -> bool;
@@ -156,6 +160,7 @@ fn profile_of(tensors: &[ffi::TensorSpec], order: &[u32], min_stream_bytes: u64)
         tensors: tensors.iter().map(tensor).collect(),
         order: order.to_vec(),
         min_stream_bytes,
+        ..Profile::default()
     }
 }
 
@@ -164,11 +169,12 @@ fn facts_of(plan: &crate::plan::Plan) -> ffi::PlanFacts {
         resident: plan.resident.iter().map(|&resident| u8::from(resident)).collect(),
         resident_bytes: plan.resident_bytes,
         streamed_bytes: plan.streamed_bytes,
-        slots: plan.slots,
-        slot_bytes: plan.slot_bytes,
-        arena_bytes: plan.arena_bytes(),
+        ring_bytes: plan.ring_bytes,
+        arena_bytes: plan.arena_bytes,
         least_bytes: plan.least_bytes,
         passes: plan.program.passes,
+        period_s: plan.period_s.unwrap_or(-1.0),
+        bound_s: plan.bound_s.unwrap_or(-1.0),
     }
 }
 
@@ -182,6 +188,13 @@ fn make_plan(
     fence(|| {
         let profile = profile_of(tensors, order, min_stream_bytes);
         Ok(facts_of(&plan(&profile, budget_bytes)?))
+    })
+}
+
+fn plan_json(inputs: &cxx::CxxString) -> Result<String> {
+    fence(|| {
+        let inputs = inputs.to_str().map_err(|_| Error::Invalid("the inputs are not UTF-8".into()));
+        crate::plan::plan_json(inputs?)
     })
 }
 

@@ -27,6 +27,27 @@ pub(crate) fn narrow(count: usize) -> u32 {
     u32::try_from(count).expect("a count of blocks, tensors or copies fits 32 bits")
 }
 
+/// A size as a real number. Exact below 2^53 bytes, 8 PiB.
+#[expect(clippy::cast_precision_loss, reason = "sizes beyond 8 PiB may lose their last bytes")]
+pub(crate) fn real(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+/// A count as a real number.
+pub(crate) fn count(items: usize) -> f64 {
+    real(items as u64)
+}
+
+/// The whole bytes of a size; 0 for what is negative or no number.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "saturates, which is what is wanted"
+)]
+pub(crate) fn whole(bytes: f64) -> u64 {
+    bytes as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

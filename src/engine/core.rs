@@ -243,7 +243,7 @@ impl Core {
         spec.budget_bytes = budget_bytes;
         spec.profile.order = self.order.best().to_vec();
         let plan = crate::plan::plan(&spec.profile, budget_bytes)?;
-        let arena = Arena::new(address, bytes, plan.arena_bytes())?;
+        let arena = Arena::new(address, bytes, plan.arena_bytes)?;
         self.stop().inspect_err(|error| self.poison(error.to_string()))?;
 
         let device = Arc::clone(&self.device);

@@ -94,7 +94,7 @@ impl Engine {
             )));
         }
         let plan = plan(&spec.profile, spec.budget_bytes)?;
-        let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes())?;
+        let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes)?;
         let core = Core::new(device, spec, plan, arena, None, None)?;
         Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
     }

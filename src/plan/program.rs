@@ -1,7 +1,8 @@
-//! Compiles a residency into the static copy list: addresses, and what each copy waits for.
+//! The static copy list: addresses, and what each copy waits for.
 
-use super::Profile;
-use super::residency::Choice;
+use super::problem::Problem;
+use super::trial::Found;
+use super::{Plan, Profile};
 use crate::units::{align_up, index, narrow};
 
 /// A use whose *done* a copy waits for, because that use read the same device bytes before.
@@ -13,7 +14,8 @@ pub struct Wait {
     pub lag: u32,
 }
 
-/// One copy of the list.
+/// One copy of the list: a tensor, or a part of one whose device bytes become free at another
+/// time than the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Copy {
     /// The tensor.
@@ -39,7 +41,7 @@ pub struct Use {
     pub offsets: Vec<u64>,
 }
 
-/// The cycle that the engine repeats: one pass, or two where addresses alternate.
+/// The cycle that the engine repeats: one pass, or a few where addresses alternate.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Program {
     /// The uses of the cycle in order, then one for each dormant block.
@@ -67,134 +69,176 @@ impl Program {
         &self.copies[index(used.copies.start)..index(used.copies.end)]
     }
 
-    /// Residents lie behind the slots, in order of tensors; streamed ones in their use's slot.
-    pub(super) fn compile(profile: &Profile, choice: &Choice) -> Self {
-        let slots = u64::from(choice.slots);
-        let mut tensors = vec![Vec::new(); profile.blocks()];
+    /// The ring lies at the front of the arena, residents behind it, where they were before as far
+    /// as that can be: `kept` names the place of those that lie in the arena already.
+    pub(super) fn compile(
+        profile: &Profile,
+        problem: &Problem,
+        found: &Found,
+        kept: Option<&Plan>,
+    ) -> Self {
+        let mut numbers = vec![Vec::new(); problem.bytes.len()];
         for (number, tensor) in profile.tensors.iter().enumerate() {
-            tensors[index(tensor.block)].push(number);
+            numbers[index(tensor.block)].push(number);
         }
-        let mut next = slots * choice.slot_bytes;
-        let mut home = vec![0; profile.tensors.len()];
-        let mut loads = vec![Vec::new(); profile.blocks()];
+        let resident = residents(profile, problem, &found.splits, &numbers);
+        let homes = homes(profile, &resident, found.ring_bytes, problem.budget_bytes, kept);
+        let mut loads = vec![Vec::new(); problem.bytes.len()];
         for (number, tensor) in profile.tensors.iter().enumerate() {
-            if choice.resident[number] {
-                home[number] = next;
-                loads[index(tensor.block)].push(whole(number, tensor.bytes, next, None));
-                next += align_up(tensor.bytes);
+            if resident[number] {
+                loads[index(tensor.block)].push(whole(number, tensor.bytes, homes[number]));
             }
         }
-        let streams = |block: u32| tensors[index(block)].iter().any(|&n| !choice.resident[n]);
-        let per_pass = profile.order.iter().filter(|&&block| streams(block)).count();
-        let passes = if choice.slots == 2 && per_pass % 2 == 1 { 2 } else { 1 };
-
-        let mut order: Vec<u32> = profile.order.repeat(index(passes));
-        let cycle = order.len();
-        let dormant = |block: &u32| !profile.order.contains(block);
-        order.extend((0..narrow(profile.blocks())).filter(dormant));
-        let streamed: Vec<usize> = (0..cycle).filter(|&u| streams(order[u])).collect();
+        let passes = found.passes;
         let mut program =
-            Self { uses: Vec::new(), cycle: narrow(cycle), copies: Vec::new(), loads, passes };
-        let mut turn = 0;
-        for (position, &block) in order.iter().enumerate() {
-            // A dormant use takes the first slot and waits for whatever ran last: no static wait.
-            let turns = position < cycle && streams(block);
-            let slot = if turns { turn as u64 % slots } else { 0 };
-            let wait = turns.then(|| wait_of(&streamed, turn, index(choice.slots)));
-            turn += usize::from(turns);
-            let mut offset = slot * choice.slot_bytes;
+            Self { cycle: narrow(profile.order.len()) * passes, passes, loads, ..Self::default() };
+        let mut steps = found.steps.as_slice();
+        for (position, &block) in profile.order.repeat(index(passes)).iter().enumerate() {
+            let of_use = steps.partition_point(|step| index(step.used) <= position);
+            let numbers = &numbers[index(block)];
             let first = narrow(program.copies.len());
-            let mut offsets = Vec::with_capacity(tensors[index(block)].len());
-            for &number in &tensors[index(block)] {
-                if choice.resident[number] {
-                    offsets.push(home[number]);
-                } else {
-                    let bytes = profile.tensors[number].bytes;
-                    offsets.push(offset);
-                    program.copies.push(whole(number, bytes, offset, wait));
-                    offset += align_up(bytes);
-                }
+            let mut offsets: Vec<u64> = numbers.iter().map(|&number| homes[number]).collect();
+            for step in &steps[..of_use] {
+                let number = numbers[index(step.tensor)];
+                offsets[index(step.tensor)] = step.target - step.source;
+                let left = profile.tensors[number].bytes - step.source;
+                program.copies.push(Copy {
+                    tensor: narrow(number),
+                    source_offset: step.source,
+                    target_offset: step.target,
+                    bytes: step.bytes.min(left),
+                    wait: Some(Wait { position: step.wait.0, lag: step.wait.1 }),
+                });
             }
+            steps = &steps[of_use..];
             let copies = first..narrow(program.copies.len());
             program.uses.push(Use { block, copies, offsets });
         }
+        let dormant = |block: &usize| !profile.order.contains(&narrow(*block));
+        for block in (0..numbers.len()).filter(dormant) {
+            program.add_dormant(profile, narrow(block), &numbers[block], &resident, &homes);
+        }
         program
     }
-}
 
-fn whole(number: usize, bytes: u64, target_offset: u64, wait: Option<Wait>) -> Copy {
-    Copy { tensor: narrow(number), source_offset: 0, target_offset, bytes, wait }
-}
-
-/// The streamed use `turn` takes the slot of the one `slots` turns before.
-fn wait_of(streamed: &[usize], turn: usize, slots: usize) -> Wait {
-    if turn >= slots {
-        Wait { position: narrow(streamed[turn - slots]), lag: 0 }
-    } else {
-        let before = streamed.len() + turn - slots.min(streamed.len() + turn);
-        Wait { position: narrow(streamed[before]), lag: 1 }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Tensor, plan};
-    use super::*;
-
-    fn profile(sizes: &[u64]) -> Profile {
-        let tensors = (0..).zip(sizes).map(|(block, &bytes)| Tensor { block, bytes }).collect();
-        Profile { tensors, order: (0..narrow(sizes.len())).collect(), min_stream_bytes: 0 }
-    }
-
-    #[test]
-    fn a_copy_waits_for_the_use_that_had_its_slot() {
-        let plan = plan(&profile(&[1024; 6]), 2048).expect("two slots");
-        let waits: Vec<_> =
-            plan.program.copies.iter().map(|c| c.wait.map(|w| (w.position, w.lag))).collect();
-        assert_eq!(
-            waits,
-            [Some((4, 1)), Some((5, 1)), Some((0, 0)), Some((1, 0)), Some((2, 0)), Some((3, 0))]
-        );
-        assert_eq!(plan.program.passes, 1);
-    }
-
-    #[test]
-    fn an_odd_cycle_is_written_out_twice() {
-        let plan = plan(&profile(&[1024; 5]), 2048).expect("two slots, nothing to spare");
-        assert_eq!(plan.program.passes, 2);
-        assert_eq!(plan.program.uses.len(), 10);
-        assert_eq!(plan.streamed_bytes, 5 * 1024);
-        let slot = |u: usize| plan.program.uses[u].offsets[0];
-        assert_ne!(slot(0), slot(5));
-    }
-
-    #[test]
-    fn a_block_outside_of_the_order_is_dormant() {
-        let mut sizes = profile(&[1024; 4]);
-        sizes.order = vec![0, 2];
-        let plan = plan(&sizes, 2048).expect("two slots");
-        assert_eq!(plan.program.cycle, 2);
-        assert_eq!(plan.program.uses.iter().map(|u| u.block).collect::<Vec<_>>(), [0, 2, 1, 3]);
-        assert_eq!(plan.streamed_bytes, 2048);
-    }
-
-    #[test]
-    fn no_two_tensors_of_a_use_overlap() {
-        let mut sizes = profile(&[]);
-        for block in 0..4 {
-            sizes.tensors.extend([700, 300, 5000].map(|bytes| Tensor { block, bytes }));
-            sizes.order.push(block);
-        }
-        let plan = plan(&sizes, 16_000).expect("fits partly");
-        for used in &plan.program.uses {
-            let bytes = [768, 512, 5120];
-            for a in 0..3 {
-                assert!(used.offsets[a] + bytes[a] <= plan.arena_bytes());
-                for b in 0..a {
-                    let (x, y) = (used.offsets[a], used.offsets[b]);
-                    assert!(x + bytes[a] <= y || y + bytes[b] <= x, "tensors {a} and {b}");
-                }
+    /// A dormant use takes the front of the ring and waits for whatever ran last: no static wait.
+    fn add_dormant(
+        &mut self,
+        profile: &Profile,
+        block: u32,
+        numbers: &[usize],
+        resident: &[bool],
+        homes: &[u64],
+    ) {
+        let (mut next, first) = (0, narrow(self.copies.len()));
+        let mut offsets = Vec::with_capacity(numbers.len());
+        for &number in numbers {
+            if resident[number] {
+                offsets.push(homes[number]);
+            } else {
+                let bytes = profile.tensors[number].bytes;
+                self.copies.push(whole(number, bytes, next));
+                offsets.push(next);
+                next += align_up(bytes);
             }
         }
+        let copies = first..narrow(self.copies.len());
+        self.uses.push(Use { block, copies, offsets });
     }
+
+    /// Of the residents, those that lie in the arena already, by tensor.
+    pub(crate) fn in_place(&self, before: &Self, tensors: usize) -> Vec<bool> {
+        let mut places = vec![None; tensors];
+        let mut found = vec![false; tensors];
+        for load in before.loads.iter().flatten() {
+            places[index(load.tensor)] = Some(load.target_offset);
+        }
+        for load in self.loads.iter().flatten() {
+            found[index(load.tensor)] = places[index(load.tensor)] == Some(load.target_offset);
+        }
+        found
+    }
+}
+
+fn whole(number: usize, bytes: u64, target_offset: u64) -> Copy {
+    Copy { tensor: narrow(number), source_offset: 0, target_offset, bytes, wait: None }
+}
+
+/// For each tensor whether it stays on the device.
+pub(super) fn residents(
+    profile: &Profile,
+    problem: &Problem,
+    splits: &[u64],
+    numbers: &[Vec<usize>],
+) -> Vec<bool> {
+    let mut resident = vec![true; profile.tensors.len()];
+    for (block, numbers) in numbers.iter().enumerate() {
+        for &tensor in problem.splits(block).tensors(splits[block]).unwrap_or_default() {
+            resident[numbers[index(tensor)]] = false;
+        }
+    }
+    resident
+}
+
+/// The place of each resident tensor. Those that lie in the arena already stay where they are, if
+/// that is behind the ring; the others take the gaps, where they fit best. For what no gap has
+/// room for, as little as possible of the end of the arena is laid out anew.
+fn homes(
+    profile: &Profile,
+    resident: &[bool],
+    ring_bytes: u64,
+    budget_bytes: u64,
+    kept: Option<&Plan>,
+) -> Vec<u64> {
+    let bytes = |number: usize| align_up(profile.tensors[number].bytes);
+    let mut places = vec![None; resident.len()];
+    for load in kept.iter().flat_map(|plan| plan.program.loads.iter().flatten()) {
+        let (number, start) = (index(load.tensor), load.target_offset);
+        let inside = start >= ring_bytes && start + bytes(number) <= budget_bytes;
+        places[number] = Some(start).filter(|_| resident[number] && inside);
+    }
+    let mut stay: Vec<(u64, usize)> =
+        places.iter().enumerate().filter_map(|(number, place)| Some(((*place)?, number))).collect();
+    stay.sort_unstable();
+    loop {
+        // Whatever lies from `end` on is laid out anew, behind what stays.
+        let end = stay.last().map_or(ring_bytes, |&(start, number)| start + bytes(number));
+        let mut gaps = Vec::new();
+        let mut next = ring_bytes;
+        for &(start, number) in &stay {
+            gaps.extend((start > next).then_some((next, start - next)));
+            next = start + bytes(number);
+        }
+        let mut homes = vec![0; resident.len()];
+        stay.iter().for_each(|&(start, number)| homes[number] = start);
+        let stays = |number: usize| stay.binary_search(&(homes[number], number)).is_ok();
+        let mut missing: Vec<usize> =
+            (0..resident.len()).filter(|&n| resident[n] && !stays(n)).collect();
+        missing.sort_by_key(|&number| std::cmp::Reverse(bytes(number)));
+        let mut next = end;
+        for number in missing {
+            homes[number] = take_gap(&mut gaps, bytes(number)).unwrap_or_else(|| {
+                next += bytes(number);
+                next - bytes(number)
+            });
+        }
+        if next <= budget_bytes || stay.is_empty() {
+            return homes;
+        }
+        // A sixteenth at a time: 16 layouts at most, whatever the number of tensors.
+        stay.truncate(stay.len() - stay.len().div_ceil(16).max(1));
+    }
+}
+
+/// Takes the smallest gap that is large enough.
+fn take_gap(gaps: &mut Vec<(u64, u64)>, bytes: u64) -> Option<u64> {
+    let fits = gaps.iter().enumerate().filter(|(_, (_, room))| *room >= bytes);
+    let at = fits.min_by_key(|(_, (_, room))| *room)?.0;
+    let (start, room) = gaps[at];
+    if room == bytes {
+        gaps.swap_remove(at);
+    } else {
+        gaps[at] = (start + bytes, room - bytes);
+    }
+    Some(start)
 }

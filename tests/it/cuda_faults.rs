@@ -114,7 +114,7 @@ fn memory_that_cannot_be_page_locked_is_staged() {
     let session = Session::new();
     let weights = model();
     let (least, _) = weights.stack.budgets();
-    let setup = Setup::new(&weights, 2 * least);
+    let setup = Setup::new(&weights, least); // no residents: those are not page-locked
     let all = Rig::new(&weights, &setup, None).expect("no faults").engine.stats();
     assert_eq!((all.pin_failures, all.staging_bytes), (0, 0));
     let run = |failures: u64| {

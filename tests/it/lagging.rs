@@ -40,6 +40,8 @@ fn rig() -> Rig {
             tensors: tensors.collect(),
             order: vec![0, 1, 2],
             min_stream_bytes: 2 * SMALL,
+            resident_blocks: Some(vec![3]),
+            ..Profile::default()
         },
         sources: (1..5).map(|number| Source::Memory { address: number << 20 }).collect(),
         budget_bytes: BUDGET,

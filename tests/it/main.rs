@@ -7,6 +7,8 @@ mod fake;
 mod flaky;
 mod host;
 mod lagging;
+mod models;
+mod optimum;
 mod overlap;
 mod plan;
 mod random;

@@ -121,7 +121,7 @@ fn two_equal_slots_reach_the_closed_form() {
             let copy_ns = streamed_tensors * link.copy_ns(1 << 20);
             let kernel_ns = copy_ns * percent / 100;
             let run = run(&stack, budget, link, &vec![kernel_ns; index(BLOCKS)]);
-            assert_eq!(run.engine.plan().slot_bytes, streamed);
+            assert_eq!(run.engine.plan().ring_bytes, 2 * streamed);
             // schedule.md, "n equal slots, uniform": with n = 2 and every block streaming alike
             // the larger of compute and copies, since a slot's own turn takes (c + k) for 2 uses.
             let expected = BLOCKS * u32::try_from(kernel_ns.max(copy_ns)).expect("below 4 s");

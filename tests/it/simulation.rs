@@ -22,7 +22,7 @@ fn check(seeds: u64, setup: &Setup) -> Vec<Outcome> {
 #[test]
 fn direct_copies_never_show_a_wrong_byte() {
     let outcomes = check(3000, &Setup::new(Staged::None));
-    assert!(outcomes.iter().filter(|o| o.slots == 2).count() > 1000);
+    assert!(outcomes.iter().filter(|o| o.ahead == 2).count() > 1000);
     assert!(outcomes.iter().map(|o| o.rebuilds).sum::<u64>() > 1000);
 }
 
@@ -43,11 +43,11 @@ fn a_failed_call_is_told_and_never_shows_a_wrong_byte() {
     }
 }
 
-/// Of the runs that stream through enough slots, how many show a hazard.
-fn share(setup: &Setup, least_slots: u32) -> (usize, usize) {
+/// Of the runs that copy far enough ahead, how many show a hazard.
+fn share(setup: &Setup, least_ahead: u32) -> (usize, usize) {
     let setup = setup.clone();
     let outcomes = for_seeds(500, move |seed| run(seed, &setup));
-    let runs: Vec<&Outcome> = outcomes.iter().filter(|o| o.slots >= least_slots).collect();
+    let runs: Vec<&Outcome> = outcomes.iter().filter(|o| o.ahead >= least_ahead).collect();
     let found = runs.iter().filter(|o| !o.violations.is_empty()).count();
     assert!(runs.len() > 200, "{} runs stream", runs.len());
     (found, runs.len())

@@ -2,7 +2,7 @@
 
 use dgls_core::align_up;
 use dgls_core::driver::Source;
-use dgls_core::plan::{Profile, Tensor};
+use dgls_core::plan::{Plan, Profile, Tensor, Use};
 
 use crate::random::Random;
 
@@ -44,14 +44,14 @@ impl Stack {
             random.shuffle(&mut order);
         }
         let min_stream_bytes = random.pick(&[0, 0, 1000, 40_000]);
-        Self::new(Profile { tensors, order, min_stream_bytes })
+        Self::new(Profile { tensors, order, min_stream_bytes, ..Profile::default() })
     }
 
     /// `blocks` blocks that all have tensors of these sizes, used in order.
     pub(crate) fn uniform(blocks: u32, sizes: &[u64]) -> Self {
         let tensor = |block| sizes.iter().map(move |&bytes| Tensor { block, bytes });
         let tensors = (0..blocks).flat_map(tensor).collect();
-        Self::new(Profile { tensors, order: (0..blocks).collect(), min_stream_bytes: 0 })
+        Self::new(Profile { tensors, order: (0..blocks).collect(), ..Profile::default() })
     }
 
     fn new(profile: Profile) -> Self {
@@ -107,4 +107,17 @@ impl Stack {
 /// A block as an index of memory.
 pub(crate) fn index(block: u32) -> usize {
     usize::try_from(block).expect("32 bits fit")
+}
+
+/// How far ahead a plan copies: 0 when nothing is streamed, 1 when copies wait for the use right
+/// before theirs, 2 when some are made beside it.
+pub(crate) fn ahead(plan: &Plan) -> u32 {
+    let program = &plan.program;
+    let of_use = |(position, used): (u32, &Use)| {
+        let copies = program.copies_of(used).iter().filter_map(|copy| copy.wait);
+        let ahead = copies.map(|wait| position + wait.lag * program.cycle - wait.position);
+        ahead.max().map_or(0, |uses| uses.min(2))
+    };
+    let cycle = (0..program.cycle).zip(&program.uses);
+    cycle.map(of_use).max().unwrap_or(0)
 }

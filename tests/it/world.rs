@@ -13,7 +13,7 @@ use dgls_core::plan::Plan;
 
 use crate::flaky::Flaky;
 use crate::random::Random;
-use crate::stack::{Stack, index};
+use crate::stack::{Stack, ahead, index};
 
 const ARENA: u64 = 1 << 40;
 
@@ -48,8 +48,9 @@ impl Setup {
 pub(crate) struct Outcome {
     pub(crate) seed: u64,
     pub(crate) violations: Vec<String>,
-    /// The most slots of any plan of the run; 0 when nothing was streamed.
-    pub(crate) slots: u32,
+    /// How far ahead any plan of the run copies: 0 when nothing is streamed, 1 when copies wait for
+    /// the use right before theirs, 2 when some are made beside it.
+    pub(crate) ahead: u32,
     pub(crate) errors: u64,
     pub(crate) poisoned: bool,
     pub(crate) rebuilds: u64,
@@ -77,7 +78,7 @@ struct World {
     faults_seen: u64,
     rebuilds: u64,
     poisoned: bool,
-    slots: u32,
+    ahead: u32,
 }
 
 /// Runs the seed and checks what holds at every moment; hazards are returned.
@@ -86,7 +87,7 @@ pub(crate) fn run(seed: u64, setup: &Setup) -> Outcome {
         return Outcome {
             seed,
             violations: Vec::new(),
-            slots: 0,
+            ahead: 0,
             errors: 1,
             poisoned: false,
             rebuilds: 0,
@@ -167,7 +168,7 @@ impl World {
             errors: 0,
             rebuilds: 0,
             poisoned: false,
-            slots: 0,
+            ahead: 0,
             random,
             stack,
             sim,
@@ -185,9 +186,9 @@ impl World {
     fn look(&mut self) {
         self.plan = self.engine.plan();
         self.layout = self.engine.layout();
-        assert!(self.plan.arena_bytes() <= self.budget, "{:?} for {}", self.plan, self.budget);
+        assert!(self.plan.arena_bytes <= self.budget, "{:?} for {}", self.plan, self.budget);
         if self.plan.streamed_bytes > 0 {
-            self.slots = self.slots.max(self.plan.slots);
+            self.ahead = self.ahead.max(ahead(&self.plan));
         }
     }
 
@@ -269,7 +270,7 @@ impl World {
         assert_eq!(tensors.len(), offsets.len());
         let mut reads = Vec::new();
         for (&tensor, &offset) in tensors.iter().zip(offsets) {
-            assert!(offset + self.stack.aligned(tensor) <= self.plan.arena_bytes());
+            assert!(offset + self.stack.aligned(tensor) <= self.plan.arena_bytes);
             let address = self.arena.0 + offset;
             reads.push((address, self.stack.addresses[tensor], self.stack.bytes(tensor)));
         }
@@ -384,7 +385,7 @@ impl World {
         Outcome {
             seed,
             violations: self.sim.violations(),
-            slots: self.slots,
+            ahead: self.ahead,
             errors: self.errors,
             poisoned,
             rebuilds: self.rebuilds,

@@ -40,7 +40,7 @@ def wrong_passes(model: nn.Module, vram: int, **options: Any) -> int:
             return sum(not same(model(inputs()), expected) for _ in range(TRIES))
 
 
-# (fault, slots): with one slot the next copy cannot come too early without a fault.
+# (fault, budget): with a ring of one block the next copy cannot come too early without a fault.
 @pytest.mark.parametrize("budget", [0, 2])
 @pytest.mark.parametrize("fault", [NO_WAIT_FOR_READY, COPIES_TOO_EARLY])
 def test_a_missing_wait_is_seen(fault: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def make(blocks: list[list[torch.Tensor]], budget: int, **options: Any) -> tuple
     order = options.pop("order", list(range(len(blocks))))
     least = options.get("min_stream_bytes", 0)
     facts = ops.plan([t.nbytes for t in flat], owner, order, budget, least)[1]
-    arena = torch.full((facts[4],), 0xA5, dtype=torch.uint8)
+    arena = torch.full((facts[3],), 0xA5, dtype=torch.uint8)
     return ops.create(arena, flat, [], [], [], [], owner, order, budget, **options), arena
 
 
@@ -155,11 +155,11 @@ def test_weights_from_files(tmp_path: Path) -> None:
 def test_plan_by_itself() -> None:
     resident, facts = ops.plan([1000, 1000, 5000], [0, 1, 1], [0, 1, 0, 1], 1 << 20)
     assert resident == [1, 1, 1]
-    assert facts == [1024 + 1024 + 5120, 0, 0, 0, 7168, 6144, 1]
+    assert facts == [1024 + 1024 + 5120, 0, 0, 7168, 6144, 1, -1, -1]
     resident, facts = ops.plan([1000, 1000, 5000], [0, 1, 1], [0, 1], 6144)
     assert facts[1] + facts[0] == 7168
-    assert facts[4] <= 6144
-    assert ops.plan([], [], [], 0) == ([], [0, 0, 0, 0, 0, 0, 1])
+    assert facts[3] <= 6144
+    assert ops.plan([], [], [], 0) == ([], [0, 0, 0, 0, 0, 1, -1, -1])
     for arguments, text in [
         (([1000], [0], [0], 1023), "block 0 needs 1024 bytes but the budget .* is 1023 bytes"),
         (([0], [0], [0], 10), "tensor 0 has 0 bytes"),

@@ -250,7 +250,7 @@ class Engine:
         """The plan in force."""
         layout = self._layout
         resident, facts = _ops.plan_for(self.number, self._budget)
-        _, streamed, slots, slot_bytes, arena, _, _ = facts
+        _, streamed, ring, arena = facts[:4]
         kept, moved = [0] * len(layout.names), [0] * len(layout.names)
         for block, size, stays in zip(self._blocks, self._sizes, resident, strict=True):
             (kept if stays else moved)[block] += size
@@ -260,8 +260,7 @@ class Engine:
             vram_bytes=self.vram_bytes,
             outside_bytes=layout.outside_bytes,
             arena_bytes=arena,
-            slots=slots,
-            slot_bytes=slot_bytes,
+            ring_bytes=ring,
             streamed_bytes=streamed,
             least_vram_bytes=layout.least_bytes,
             blocks=tuple(BlockPlan(layout.names[b], kept[b], moved[b]) for b in order),

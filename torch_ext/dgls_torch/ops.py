@@ -7,8 +7,11 @@ Set-up (none of these enqueues anything):
 
 ``plan(tensor_bytes, tensor_block, order, budget_bytes, min_stream_bytes=0)``
     Returns ``(resident, facts)``: 1 for each tensor that stays on the device, else 0; and
-    resident_bytes, streamed_bytes per pass, slots, slot_bytes, arena_bytes, least_bytes (the
-    smallest budget with a plan), passes in one cycle of addresses.
+    resident_bytes, streamed_bytes per pass, ring_bytes, arena_bytes, least_bytes (the smallest
+    budget with a plan), passes in one cycle of addresses, and nanoseconds of a pass as predicted
+    and as no policy can beat, both -1 before times are known.
+``plan.json(inputs) -> str``
+    Plans from JSON and returns JSON, with times and a link; docs/plan-format.md has the fields.
 ``create(arena, weights, file_index, file_offset, file_bytes, files, tensor_block, order,
 budget_bytes, ...)``
     Makes an engine. ``arena``: uint8, one dimension, at least arena_bytes, on the device that

@@ -30,9 +30,8 @@ class Plan:
         device: Where the model computes.
         vram_bytes: The budget.
         outside_bytes: What of it the weights and buffers outside of the streamed tensors take.
-        arena_bytes: What the resident tensors and the slots take.
-        slots: Streamed blocks that are on the device at a time; 0 when nothing is streamed.
-        slot_bytes: Size of one slot.
+        arena_bytes: What the resident tensors and the ring take.
+        ring_bytes: Size of the ring that the streamed tensors go through.
         streamed_bytes: Bytes copied in each pass.
         least_vram_bytes: The smallest budget with which this model runs.
         blocks: One entry for each block, in order of first use.
@@ -42,8 +41,7 @@ class Plan:
     vram_bytes: int
     outside_bytes: int
     arena_bytes: int
-    slots: int
-    slot_bytes: int
+    ring_bytes: int
     streamed_bytes: int
     least_vram_bytes: int
     blocks: tuple[BlockPlan, ...]
@@ -71,8 +69,12 @@ class Plan:
             f"blocks {format_bytes(self.block_bytes)}, of which streamed in each pass "
             f"{format_bytes(self.streamed_bytes)}",
         ]
-        if self.slots:
-            lines.append(f"  through {self.slots} slots of {format_bytes(self.slot_bytes)}")
+        if self.ring_bytes:
+            most = max(block.streamed_bytes for block in self.blocks)
+            lines.append(
+                f"  through a ring of {format_bytes(self.ring_bytes)}: "
+                f"{self.ring_bytes / most:.1f} times the most of any block"
+            )
         else:
             lines.append("  everything fits: nothing is streamed")
         return "\n".join([*lines, *_table(rows)])

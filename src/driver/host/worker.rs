@@ -190,6 +190,8 @@ impl Shared {
             self.work.notify_one();
             self.passed.wait(&mut state);
         }
+        // Of copies whose use was given up before its *ready*: it belongs to no other one.
+        state.error = None;
     }
 
     pub(super) fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
