@@ -99,7 +99,7 @@ def test_rebuild_for_an_order_and_a_budget() -> None:
     assert ops.wants_rebuild(engine)
     assert ops.order(engine) == [0, 1, 2, 3, 4]
     for budget in (least, 2 * least, 9 * least, least):
-        size = ops.plan_for(engine, budget)[1][4]
+        size = ops.plan_for(engine, budget)[1][3]
         arena = torch.empty(size, dtype=torch.uint8)
         ops.rebuild(engine, arena, budget)
         assert ops.order(engine) == order
