@@ -33,6 +33,7 @@ STABLE_TORCH_LIBRARY(dgls, m) {
   m.def("measure_copy(int device, int bytes, int repeats, bool page_locked) -> float");
   m.def("measure_page_lock(int device, int max_bytes) -> int");
   m.def("_current_stream(int device) -> int");
+  m.def("_hand_over(int engine, Tensor[] tensors) -> ()");
   m.def("_panic() -> ()");
 }
 
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("measure_copy", TORCH_BOX(&dgls::op_measure_copy));
   m.impl("measure_page_lock", TORCH_BOX(&dgls::op_measure_page_lock));
   m.impl("_current_stream", TORCH_BOX(&dgls::op_current_stream));
+  m.impl("_hand_over", TORCH_BOX(&dgls::op_hand_over));
   m.impl("_panic", TORCH_BOX(&dgls::op_panic));
 }
 

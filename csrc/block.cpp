@@ -29,6 +29,8 @@ bool Block::forget_stolen(unsigned long thread) {
 
 void Block::let_go() {
   std::vector<std::vector<Ref>>().swap(views);
+  std::vector<Tensor>().swap(held_masters);
+  std::vector<Tensor>().swap(held_views);
   std::vector<Target>().swap(targets);
   on_rebuild = Ref();
   increment_versions = Ref();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,15 @@ class KeepError {
   PyObject* trace_ = nullptr;
 };
 
+// A tensor whose version tells of a change in place.
+struct Watched {
+  Ref tensor;
+  // The version that the device has.
+  long long version = 0;
+  // How often the hooks themselves moved the version; owned by the state.
+  uint64_t* bumps = nullptr;
+};
+
 // How one tensor of a block is bound: as the attribute `data` of a parameter, whose identity then
 // never changes, or, where a tensor of another kind has to take its place (meta parameters,
 // wrapper subclasses), as an entry of the module's dict of parameters.
@@ -51,13 +61,15 @@ struct Target {
   Ref key;
   bool is_dict = false;
   Ref master;
+  // The parameter as torch's C functions take it: they say where its bytes lie without Python.
+  // `data` may be set, it stays the same tensor. Only of plain parameters: a subclass may have its
+  // say in what an op is given.
+  std::optional<Tensor> parameter;
   // Where the master's bytes lie; 0 if only the object is known.
   unsigned long long address = 0;
   // Its bytes come from a file: a change of the master does not reach them.
   bool is_filed = false;
-  // Tensors whose version tells of a change in place, and the versions that the device has.
-  std::vector<Ref> watched;
-  std::vector<unsigned long long> versions;
+  std::vector<Watched> watched;
 };
 
 struct Block {
@@ -69,7 +81,12 @@ struct Block {
   Ref increment_versions;
   std::vector<Target> targets;
   std::vector<std::vector<Ref>> views;  // by position of the program
-  uint64_t layout = 0;                  // the state's, when the views were made
+  // What is bound, once more: masters (after the parameters), and views. Since 2.11 torch counts
+  // the first reference from C++ on the Python object too, and so takes the GIL and gives it back
+  // twice each time that it looks at a tensor which only Python knows: a fourth of each binding.
+  std::vector<Tensor> held_masters;
+  std::vector<Tensor> held_views;
+  uint64_t layout = 0;  // the state's, when the views were made
   bool is_open = true;
   bool is_bound = false;
   unsigned long owner = 0;  // the thread that it is bound for
@@ -78,7 +95,7 @@ struct Block {
   bool had_grad_mode = false;
   uint32_t position = 0;
   // Versions of what stands in for masters, when it was bound.
-  std::vector<unsigned long long> bound_versions;
+  std::vector<long long> bound_versions;
   uint64_t stream = 0;
 
   ~Block();

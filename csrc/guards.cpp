@@ -5,25 +5,40 @@
 namespace dgls {
 namespace {
 
-bool as_number(PyObject* number, unsigned long long& value) {
+bool address_of(PyObject* tensor, unsigned long long& address) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  PyObject* number = PyObject_CallMethodObjArgs(tensor, name, nullptr);
   if (number == nullptr) return false;
-  value = PyLong_AsUnsignedLongLong(number);
+  address = PyLong_AsUnsignedLongLong(number);
   Py_DECREF(number);
   return PyErr_Occurred() == nullptr;
 }
 
-bool address_of(PyObject* tensor, unsigned long long& address) {
-  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-  return as_number(PyObject_CallMethodObjArgs(tensor, name, nullptr), address);
+// Where the bytes of what is bound outside of the forward lie.
+bool address_of(const Target& target, unsigned long long& address) {
+  if (!target.parameter) return address_of(target.object.get(), address);
+  void* data = nullptr;
+  if (aoti_torch_get_data_ptr(target.parameter->get(), &data) != 0) {
+    PyErr_SetString(PyExc_RuntimeError, "dgls: torch could not say where a weight lies");
+    return false;
+  }
+  address = reinterpret_cast<uintptr_t>(data);
+  return true;
+}
+
+bool version_of(PyObject* tensor, long long& version) {
+  static const Attribute& attribute = *new Attribute("_version");
+  PyObject* number = attribute.get(tensor);
+  if (number == nullptr) return false;
+  version = PyLong_AsLongLong(number);
+  Py_DECREF(number);
+  return version != -1 || PyErr_Occurred() == nullptr;
 }
 
 // The version of a tensor, without what the hooks themselves added to it.
-bool version_of(const State& state, PyObject* tensor, unsigned long long& version) {
-  static const Attribute& attribute = *new Attribute("_version");
-  if (!as_number(attribute.get(tensor), version)) return false;
-  if (state.bumps.empty()) return true;
-  const auto bumps = state.bumps.find(tensor);
-  if (bumps != state.bumps.end()) version -= bumps->second;
+bool version_of(const Watched& watched, long long& version) {
+  if (!version_of(watched.tensor.get(), version)) return false;
+  version -= static_cast<long long>(*watched.bumps);
   return true;
 }
 
@@ -31,10 +46,10 @@ bool version_of(const State& state, PyObject* tensor, unsigned long long& versio
 
 bool Block::note_masters() {
   for (Target& target : targets) {
-    if (!target.is_dict && !address_of(target.master.get(), target.address)) return false;
-    target.versions.assign(target.watched.size(), 0);
-    for (size_t i = 0; i < target.watched.size(); ++i) {
-      if (!version_of(*state, target.watched[i].get(), target.versions[i])) return false;
+    if (!target.is_dict && !address_of(target, target.address)) return false;
+    for (Watched& watched : target.watched) {
+      watched.bumps = &state->bumps[watched.tensor.get()];
+      if (!version_of(watched, watched.version)) return false;
     }
   }
   return true;
@@ -43,7 +58,7 @@ bool Block::note_masters() {
 bool Block::check_masters(bool& changed) {
   for (Target& target : targets) {
     unsigned long long address = 0;
-    if (!target.is_dict && !address_of(target.object.get(), address)) return false;
+    if (!target.is_dict && !address_of(target, address)) return false;
     if (target.is_dict
             ? PyDict_GetItem(target.object.get(), target.key.get()) != target.master.get()
             : address != target.address) {
@@ -53,10 +68,10 @@ bool Block::check_masters(bool& changed) {
                    name.c_str());
       return false;
     }
-    for (size_t i = 0; i < target.watched.size(); ++i) {
-      unsigned long long version = 0;
-      if (!version_of(*state, target.watched[i].get(), version)) return false;
-      if (version == target.versions[i]) continue;
+    for (Watched& watched : target.watched) {
+      long long version = 0;
+      if (!version_of(watched, version)) return false;
+      if (version == watched.version) continue;
       if (target.is_filed) {
         PyErr_Format(PyExc_RuntimeError,
                      "dgls: a weight of block '%s' was changed in place, but it streams from a "
@@ -64,7 +79,7 @@ bool Block::check_masters(bool& changed) {
                      name.c_str());
         return false;
       }
-      target.versions[i] = version;
+      watched.version = version;
       changed = true;
     }
   }
@@ -77,24 +92,28 @@ bool Block::note_bound(uint32_t at) {
   for (size_t i = 0; i < targets.size(); ++i) {
     if (!targets[i].is_dict || targets[i].watched.empty()) continue;
     bound_versions.push_back(0);
-    if (!version_of(*state, views[at][i].get(), bound_versions.back())) return false;
+    if (!version_of(views[at][i].get(), bound_versions.back())) return false;
   }
   return true;
 }
 
 bool Block::wrote_weights() {
-  unsigned long long version = 0;
+  long long version = 0;
   bool wrote = false;
-  for (Target& target : targets) {
-    for (size_t i = 0; !target.is_dict && i < target.watched.size(); ++i) {
-      if (!version_of(*state, target.watched[i].get(), version)) return true;
-      wrote |= version != target.versions[i];
-      target.versions[i] = version;
+  auto bound = bound_versions.begin();
+  for (size_t i = 0; i < targets.size(); ++i) {
+    if (targets[i].is_dict) {
+      if (targets[i].watched.empty()) continue;
+      if (!version_of(views[position][i].get(), version)) return true;
+      wrote |= version != *bound++;
+      continue;
+    }
+    for (Watched& watched : targets[i].watched) {
+      if (!version_of(watched, version)) return true;
+      wrote |= version != watched.version;
+      watched.version = version;
     }
   }
-  const std::vector<unsigned long long> before = bound_versions;
-  if (!note_bound(position)) return true;
-  wrote |= before != bound_versions;
   if (wrote) {
     PyErr_Format(PyExc_RuntimeError,
                  "dgls: block '%s' changes its weights while it runs, and weights are not copied "
@@ -111,7 +130,7 @@ bool Block::invalidate_saved() {
   if (!state) return true;
   for (const Target& target : targets) {
     if (target.is_dict) continue;
-    for (const Ref& tensor : target.watched) ++state->bumps[tensor.get()];
+    for (const Watched& watched : target.watched) ++*watched.bumps;
   }
   return true;
 }
@@ -151,11 +170,12 @@ bool Block::returns_weights(const State& in, PyObject* output, int depth) const 
 }
 
 bool Block::allows_grad_mode() {
+  static const Attribute& attribute = *new Attribute("requires_grad");
   had_grad_mode = grad_mode_is_on();
   if (!had_grad_mode) return true;
   for (const Target& target : targets) {
     PyObject* tensor = target.is_dict ? target.master.get() : target.object.get();
-    PyObject* requires_grad = PyObject_GetAttrString(tensor, "requires_grad");
+    PyObject* requires_grad = attribute.get(tensor);
     if (requires_grad == nullptr) return false;
     const bool trains = PyObject_IsTrue(requires_grad) == 1;
     Py_DECREF(requires_grad);

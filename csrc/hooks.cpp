@@ -132,14 +132,17 @@ PyMethodDef kAfter = {"dgls_after_forward",
                       reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(after_forward)),
                       METH_FASTCALL, "Binds the block's masters."};
 
-bool read_targets(PyObject* list, std::vector<Target>& targets) {
+// `parameters`: those of the targets that are plain ones, in their order.
+bool read_targets(PyObject* list, const std::vector<Tensor>& parameters,
+                  std::vector<Target>& targets) {
+  size_t next = 0;
   const Py_ssize_t count = PyList_Size(list);
   if (count < 0) return false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject *object = nullptr, *key = nullptr, *master = nullptr, *watched = nullptr;
-    int is_filed = 0;
-    if (!PyArg_ParseTuple(PyList_GetItem(list, i), "OOOO!p", &object, &key, &master, &PyList_Type,
-                          &watched, &is_filed)) {
+    int is_filed = 0, is_handed = 0;
+    if (!PyArg_ParseTuple(PyList_GetItem(list, i), "OOOO!pp", &object, &key, &master, &PyList_Type,
+                          &watched, &is_filed, &is_handed)) {
       return false;
     }
     Target target;
@@ -149,7 +152,14 @@ bool read_targets(PyObject* list, std::vector<Target>& targets) {
     target.master = Ref(master);
     target.is_filed = is_filed != 0;
     for (Py_ssize_t j = 0; j < PyList_Size(watched); ++j) {
-      target.watched.push_back(Ref(PyList_GetItem(watched, j)));
+      target.watched.push_back({Ref(PyList_GetItem(watched, j))});
+    }
+    if (is_handed != 0) {
+      if (next == parameters.size()) {
+        PyErr_SetString(PyExc_RuntimeError, "dgls: fewer tensors were handed over than announced");
+        return false;
+      }
+      target.parameter = parameters[next++];
     }
     targets.push_back(std::move(target));
   }
@@ -166,9 +176,11 @@ PyObject* make_hooks(PyObject*, PyObject* args) {
     return nullptr;
   }
   std::unique_ptr<Block> block;
+  std::vector<Tensor> handed;
   try {
     block = std::make_unique<Block>();
     block->state = find_state(engine);
+    handed = take_handed(*block->state);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -181,7 +193,8 @@ PyObject* make_hooks(PyObject*, PyObject* args) {
   if (weak == nullptr) return nullptr;
   block->module = Ref(weak);
   Py_DECREF(weak);
-  if (!read_targets(targets, block->targets) || !block->note_masters()) return nullptr;
+  if (!read_targets(targets, handed, block->targets) || !block->note_masters()) return nullptr;
+  block->held_masters = std::move(handed);
   PyObject* capsule = PyCapsule_New(block.get(), kCapsule, free_block);
   if (capsule == nullptr) return nullptr;
   block.release();
@@ -207,7 +220,11 @@ PyObject* set_views(PyObject*, PyObject* args) {
     for (Py_ssize_t j = 0; j < size; ++j) views.back().push_back(Ref(PyList_GetItem(list, j)));
   }
   block->views.swap(views);
-  if (block->state) block->layout = block->state->layout;
+  block->held_views.clear();
+  if (block->state) {
+    block->held_views = take_handed(*block->state);
+    block->layout = block->state->layout;
+  }
   Py_RETURN_NONE;
 }
 
@@ -256,8 +273,9 @@ PyObject* runner(PyObject*, PyObject* number) {
 PyMethodDef kMethods[] = {
     {"make_hooks", make_hooks, METH_VARARGS,
      "make_hooks(engine, block, name, module, targets, on_rebuild, increment_versions) -> "
-     "(before, after, capsule). A target is (parameter, None, master, watched, is_filed) or "
-     "(dict, key, master, watched, is_filed)."},
+     "(before, after, capsule). A target is (parameter, None, master, watched, is_filed, "
+     "is_handed) or (dict, key, master, watched, is_filed, False); torch.ops.dgls._hand_over took "
+     "the parameters with is_handed, in their order."},
     {"set_views", set_views, METH_VARARGS,
      "set_views(capsule, views): one list of tensors, or None, for each position."},
     {"shut", shut, METH_O, "shut(capsule): the block begins no new use."},

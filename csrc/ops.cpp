@@ -266,6 +266,11 @@ int64_t op_current_stream(int64_t device) {
   return static_cast<int64_t>(current_stream(static_cast<int32_t>(device)));
 }
 
+// Only an op is given tensors as torch's C functions take them; the hooks are made in Python.
+void op_hand_over(int64_t engine, std::vector<Tensor> tensors) {
+  hand_over(*find_state(engine), std::move(tensors));
+}
+
 void op_panic() {
   panic_for_test();
 }

@@ -39,6 +39,7 @@ int64_t op_driver_version();
 double op_measure_copy(int64_t device, int64_t bytes, int64_t repeats, bool page_locked);
 int64_t op_measure_page_lock(int64_t device, int64_t max_bytes);
 int64_t op_current_stream(int64_t device);
+void op_hand_over(int64_t engine, std::vector<Tensor> tensors);
 void op_panic();
 
 }  // namespace dgls

@@ -21,6 +21,18 @@ Table& table() {
 
 }  // namespace
 
+void hand_over(State& state, std::vector<Tensor> tensors) {
+  std::lock_guard<std::mutex> lock(state.handed_mutex);
+  state.handed.swap(tensors);
+}
+
+std::vector<Tensor> take_handed(State& state) {
+  std::vector<Tensor> taken;
+  std::lock_guard<std::mutex> lock(state.handed_mutex);
+  taken.swap(state.handed);
+  return taken;
+}
+
 int64_t add_state(std::shared_ptr<State> state) {
   std::lock_guard<std::mutex> lock(table().mutex);
   const int64_t number = table().next++;

@@ -36,8 +36,15 @@ struct State {
   std::atomic<uint64_t> layout{0};
   // How often the hooks themselves moved the version of a tensor; guarded by the GIL.
   std::unordered_map<const PyObject*, uint64_t> bumps;
+  // Tensors that an op took for the hooks that are made next. Ops run without the GIL.
+  std::mutex handed_mutex;
+  std::vector<Tensor> handed;
   rust::Box<Handle> engine;
 };
+
+// Puts tensors where the next `take_handed` finds them.
+void hand_over(State& state, std::vector<Tensor> tensors);
+std::vector<Tensor> take_handed(State& state);
 
 // Makes an engine known under a new number.
 int64_t add_state(std::shared_ptr<State> state);

@@ -14,7 +14,7 @@ def make_hooks(
     block: int,
     name: str,
     module: nn.Module,
-    targets: list[tuple[object, str | None, torch.Tensor, list[torch.Tensor], bool]],
+    targets: list[tuple[object, str | None, torch.Tensor, list[torch.Tensor], bool, bool]],
     on_rebuild: Callable[[], None],
     increment_versions: Callable[[], None],
 ) -> tuple[Hook, Hook, Capsule]: ...

@@ -129,6 +129,8 @@ class Engine:
             targets = [t for w in weights for t in w.targets()]
             made: list[torch.Tensor] = []
             increment = _increment(weights, made)
+            plain = [w for w in weights if w.is_plain]
+            self._hand_over([w.param for w in plain] + [w.master for w in plain])
             before, after, capsule = _C.make_hooks(
                 self.number, index, name, module, targets, self._on_rebuild, increment
             )
@@ -141,6 +143,11 @@ class Engine:
             # First before and last after, so that hooks of others see the weights bound.
             self._removers.append(module.register_forward_pre_hook(before, prepend=True))
             self._removers.append(module.register_forward_hook(after, always_call=True))
+
+    def _hand_over(self, tensors: list[torch.Tensor]) -> None:
+        """Gives the hooks tensors as torch's C functions take them; only an op can do that."""
+        with torch.no_grad():
+            _ops._hand_over(self.number, tensors)
 
     def _uses(self) -> list[tuple[int, list[int]]]:
         """For each position of the program, its block and the offset of each of its tensors."""
@@ -161,6 +168,8 @@ class Engine:
         for position, (block, offsets) in enumerate(uses):
             places[block][position] = self._views(block, offsets)
         for capsule, views in zip(self._capsules, places, strict=True):
+            made = [view for at in views if at is not None for view in at]
+            self._hand_over([view for view in made if type(view) is torch.Tensor])
             _C.set_views(capsule, views)
 
     def _views(self, block: int, offsets: list[int]) -> list[torch.Tensor]:

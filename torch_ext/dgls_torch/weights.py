@@ -56,15 +56,24 @@ class Weight:
         """Keeps what is bound outside of the block's forward."""
         self.master = self.param if self.is_entry else self.param.data
 
-    def targets(self) -> list[tuple[object, str | None, torch.Tensor, list[torch.Tensor], bool]]:
+    def targets(
+        self,
+    ) -> list[tuple[object, str | None, torch.Tensor, list[torch.Tensor], bool, bool]]:
         """What the hooks set, and what they watch: see ``dgls_torch._C.make_hooks``."""
         inner = [p.tensor for p in self.parts if p.tensor is not None] if self.is_entry else []
         # An inference tensor has no version: changes of it in place go unnoticed.
         watched = [t for t in [self.param, *inner] if not t.is_inference()]
         is_filed = any(part.file is not None for part in self.parts)
         if self.is_entry:
-            return [(owner, key, self.param, watched, is_filed) for owner, key in self.owners]
-        return [(self.param, None, self.master, watched, is_filed)]
+            return [
+                (owner, key, self.param, watched, is_filed, False) for owner, key in self.owners
+            ]
+        return [(self.param, None, self.master, watched, is_filed, self.is_plain)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an op that takes the parameter is sure to be given that very tensor."""
+        return not self.is_entry and type(self.param) is nn.Parameter
 
     def bound(self, views: list[torch.Tensor]) -> torch.Tensor:
         """What is bound while the block runs, made of one view for each part."""
