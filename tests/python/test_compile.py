@@ -16,6 +16,7 @@ from helpers import SMALL, Snapshot, budgets, inputs, net, same
 from torch import nn
 
 import dgls_torch
+from dgls_torch.native import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,3 +109,51 @@ def test_a_compiled_model_may_be_streamed_by_its_wrapper() -> None:
                 assert same(compiled(x), expected)
             assert s.report().uses == 12
         assert same(compiled(x), expected)
+
+
+def test_what_hooks_call_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They plan anew, and move versions, in the middle of a compiled model."""
+    order = [5, 3, 4, 1, 0, 2]
+    model, x = net().requires_grad_(False), inputs()
+    expected = model(x, order)
+    compiled = torch.compile(model, backend="eager")
+    frames = torch._dynamo.utils.counters["frames"]
+    rebuild, traced = Engine.rebuild, []
+
+    def counted(engine: Engine) -> None:
+        before = frames["total"]
+        rebuild(engine)
+        traced.append(frames["total"] - before)
+
+    monkeypatch.setattr(Engine, "rebuild", counted)
+    with dgls_torch.stream(model, budgets(model)[0], **SMALL) as s:
+        for mode in (torch.no_grad, torch.enable_grad):
+            for _ in range(3):
+                with mode():
+                    assert same(compiled(x, order), expected)
+        assert s.report().rebuilds == 1
+    assert traced == [0]
+
+
+def test_hooks_stay_untraced_when_dynamo_forgets() -> None:
+    model, x = net(4), inputs()
+    with torch.inference_mode():
+        expected = model(x)
+        with dgls_torch.stream(model, budgets(model)[0], **SMALL):
+            for _ in range(3):
+                torch._dynamo.reset()
+                compiled = torch.compile(model, backend="eager")
+                for _ in range(2):
+                    assert same(compiled(x), expected)
+
+
+def test_a_dynamo_without_skipped_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is not a public one: without it the hooks are slower, and that is all."""
+    monkeypatch.delattr("torch._dynamo.decorators.skip")
+    model, x = net(4), inputs()
+    with torch.inference_mode():
+        expected = model(x)
+        with dgls_torch.stream(model, budgets(model)[0], **SMALL):
+            compiled = torch.compile(model, backend="eager")
+            for _ in range(2):
+                assert same(compiled(x), expected)

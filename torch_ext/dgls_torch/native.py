@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dgls_torch import _C
+from dgls_torch import _C, untraced
 from dgls_torch.layout import Layout, empty_arena
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
@@ -47,7 +47,7 @@ class Engine:
             RuntimeError: The device refuses.
         """
         self._layout = layout
-        self._on_rebuild = on_rebuild
+        self._on_rebuild = untraced.rarely(on_rebuild)
         self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
         layout.check_budget(self.vram_bytes)
         order = list(range(len(layout.names))) if order is None else order
@@ -138,8 +138,7 @@ class Engine:
             self._hooked.add(module)
             self._made.append(made)
             self._capsules.append(capsule)
-            # Dynamo would warn of builtins that it cannot trace. (It is imported here, not before.)
-            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+            before, after = untraced.hooks(before, after)
             # First before and last after, so that hooks of others see the weights bound.
             self._removers.append(module.register_forward_pre_hook(before, prepend=True))
             self._removers.append(module.register_forward_hook(after, always_call=True))
@@ -313,7 +312,7 @@ def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
     """
     increment = torch.autograd.graph.increment_version
     params = [w.param for w in weights if not w.is_entry]
-    return lambda: increment([*params, *made])
+    return untraced.rarely(lambda: increment([*params, *made]))
 
 
 def _pinned_bytes(config: StreamConfig, device: torch.device) -> int:
