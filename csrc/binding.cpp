@@ -14,8 +14,10 @@ STABLE_TORCH_LIBRARY(dgls, m) {
       "int[] file_bytes, str[] files, int[] tensor_block, int[] order, int budget_bytes, "
       "int min_stream_bytes=0, int pinned_bytes=0, int staging_bytes=67108864, "
       "int trace_uses=0, int copy_bytes_per_s=0, bool poison=False, str driver='auto', "
-      "int faults=0) -> int");
+      "int faults=0, bool adapt=False, bool manual=False, int[] resident_blocks=[], "
+      "int window=-1) -> int");
   m.def("plan_for(int engine, int budget_bytes) -> (int[], int[])");
+  m.def("plan_in_force(int engine) -> (int[], int[])");
   m.def("rebuild(int engine, Tensor arena, int budget_bytes) -> ()");
   m.def("layout(int engine) -> int[]");
   m.def("order(int engine) -> int[]");
@@ -42,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("plan.json", TORCH_BOX(&dgls::op_plan_json));
   m.impl("create", TORCH_BOX(&dgls::op_create));
   m.impl("plan_for", TORCH_BOX(&dgls::op_plan_for));
+  m.impl("plan_in_force", TORCH_BOX(&dgls::op_plan_in_force));
   m.impl("rebuild", TORCH_BOX(&dgls::op_rebuild));
   m.impl("layout", TORCH_BOX(&dgls::op_layout));
   m.impl("order", TORCH_BOX(&dgls::op_order));

@@ -132,7 +132,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   Ints file_bytes, std::vector<std::string> files, Ints tensor_block, Ints order,
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
-                  std::string driver, int64_t faults) {
+                  std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
+                  int64_t window) {
   check_arena(arena);
   EngineSpec spec;
   spec.device = device_of(arena, driver);
@@ -150,6 +151,10 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   spec.trace_uses = unsigned_of(trace_uses, "trace_uses");
   spec.copy_bytes_per_s = unsigned_of(copy_bytes_per_s, "copy_bytes_per_s");
   spec.poison = poison;
+  spec.adapt = adapt;
+  spec.manual = manual;
+  spec.resident_blocks = blocks_of(resident_blocks, "resident_blocks");
+  spec.window = window;
   spec.faults = narrow(faults, "faults");
   return add_state(std::make_shared<State>(std::move(arena), std::move(weights), stream_device,
                                            make_engine(spec)));
@@ -157,6 +162,10 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
 
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes) {
   return facts_of(find_state(engine)->engine->plan_for(unsigned_of(budget_bytes, "budget_bytes")));
+}
+
+std::tuple<Ints, Ints> op_plan_in_force(int64_t engine) {
+  return facts_of(find_state(engine)->engine->plan_in_force());
 }
 
 void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes) {
@@ -224,9 +233,9 @@ void op_reload(int64_t engine, int64_t block) {
 Ints op_stats(int64_t engine) {
   const StatsFacts stats = find_state(engine)->engine->stats();
   Ints flat;
-  for (uint64_t value :
-       {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds, stats.errors, stats.passes,
-        stats.bytes, stats.copies, stats.pinned_bytes, stats.pin_failures, stats.staging_bytes}) {
+  for (uint64_t value : {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds,
+                         stats.errors, stats.passes, stats.bytes, stats.copies, stats.pinned_bytes,
+                         stats.pin_failures, stats.staging_bytes, stats.adopted}) {
     flat.push_back(static_cast<int64_t>(value));
   }
   return flat;
@@ -235,9 +244,9 @@ Ints op_stats(int64_t engine) {
 Ints op_trace(int64_t engine) {
   Ints flat;
   for (const RecordFacts& record : find_state(engine)->engine->records()) {
-    for (uint64_t value :
-         {record.number, uint64_t{record.block}, record.bytes, record.copy_start_ns,
-          record.copy_end_ns, record.wait_ns, record.start_ns, record.end_ns}) {
+    for (uint64_t value : {record.number, uint64_t{record.block}, record.bytes,
+                           record.stretch_bytes, record.copy_start_ns, record.copy_end_ns,
+                           record.wait_ns, record.start_ns, record.end_ns}) {
       flat.push_back(static_cast<int64_t>(value));
     }
   }

@@ -19,9 +19,11 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   Ints file_bytes, std::vector<std::string> files, Ints tensor_block, Ints order,
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
-                  std::string driver, int64_t faults);
+                  std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
+                  int64_t window);
 
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
+std::tuple<Ints, Ints> op_plan_in_force(int64_t engine);
 void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes);
 Ints op_layout(int64_t engine);
 Ints op_order(int64_t engine);

@@ -15,7 +15,7 @@ use crate::driver::host::shim::WeightFile;
 use crate::driver::host::{HostDevice, HostOptions};
 use crate::driver::mutant::{Dropped, Mutant};
 use crate::driver::{ComputeStream, Device, Source};
-use crate::engine::{Engine, Options, Spec};
+use crate::engine::{Adapt, Engine, Options, Spec};
 use crate::error::{Error, Result};
 use crate::plan::{Profile, Tensor, plan};
 use crate::probe;
@@ -50,6 +50,13 @@ mod ffi {
         trace_uses: u64,
         copy_bytes_per_s: u64,
         poison: bool,
+        /// Look for better plans beside the model.
+        adapt: bool,
+        /// `resident_blocks` stay whole and all others are streamed whole.
+        manual: bool,
+        resident_blocks: Vec<u32>,
+        /// Uses that are copied ahead at most; negative: the planner chooses.
+        window: i64,
         /// Test only, a sum: 1 no wait for ready, 2 none for done, 4 copies one use too early.
         faults: u32,
     }
@@ -84,6 +91,7 @@ mod ffi {
         on_demand: u64,
         mispredicted: u64,
         rebuilds: u64,
+        adopted: u64,
         errors: u64,
         passes: u64,
         bytes: u64,
@@ -99,6 +107,7 @@ mod ffi {
         number: u64,
         block: u32,
         bytes: u64,
+        stretch_bytes: u64,
         copy_start_ns: u64,
         copy_end_ns: u64,
         wait_ns: u64,
@@ -126,6 +135,7 @@ mod ffi {
         fn wants_rebuild(self: &Handle) -> bool;
         fn rebuild(self: &Handle, budget_bytes: u64, address: u64, bytes: u64) -> Result<()>;
         fn plan_for(self: &Handle, budget_bytes: u64) -> Result<PlanFacts>;
+        fn plan_in_force(self: &Handle) -> Result<PlanFacts>;
         fn layout(self: &Handle) -> Result<Vec<UseLayout>>;
         fn order(self: &Handle) -> Result<Vec<u32>>;
         fn stats(self: &Handle) -> Result<StatsFacts>;
@@ -203,7 +213,7 @@ fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
     let device: Arc<dyn Device> = if spec.device < 0 {
         Arc::new(HostDevice::new(HostOptions { files, copy_bytes_per_s: spec.copy_bytes_per_s })?)
     } else {
-        let timing = spec.trace_uses > 0;
+        let timing = spec.trace_uses > 0 || spec.adapt;
         Arc::new(CudaDevice::new(CudaOptions { ordinal: spec.device, files, timing })?)
     };
     let dropped = Dropped { ready: spec.faults & 1 != 0, done: spec.faults & 2 != 0, chunk: false };
@@ -220,8 +230,13 @@ fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
             Ok(file) => Source::File { file, offset: tensor.place },
             Err(_) => Source::Memory { address: tensor.place },
         };
+        let profile = Profile {
+            resident_blocks: spec.manual.then(|| spec.resident_blocks.clone()),
+            window_uses: u32::try_from(spec.window).ok(),
+            ..profile_of(&spec.tensors, &spec.order, spec.min_stream_bytes)
+        };
         let engine_spec = Spec {
-            profile: profile_of(&spec.tensors, &spec.order, spec.min_stream_bytes),
+            profile,
             sources: spec.tensors.iter().map(source).collect(),
             budget_bytes: spec.budget_bytes,
             pinned_bytes: spec.pinned_bytes,
@@ -230,6 +245,7 @@ fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
             options: Options {
                 poison: spec.poison,
                 timing: spec.trace_uses > 0,
+                adapt: if spec.adapt { Adapt::Beside } else { Adapt::Off },
                 early: u64::from(spec.faults & 4 != 0),
             },
         };
@@ -302,6 +318,10 @@ impl Handle {
         fence(|| Ok(facts_of(&self.engine.plan_for(budget_bytes)?)))
     }
 
+    fn plan_in_force(&self) -> Result<ffi::PlanFacts> {
+        fence(|| Ok(facts_of(&self.engine.plan())))
+    }
+
     fn layout(&self) -> Result<Vec<ffi::UseLayout>> {
         fence(|| {
             let layout = self.engine.layout().into_iter();
@@ -322,6 +342,7 @@ impl Handle {
                 on_demand: counters.on_demand,
                 mispredicted: counters.mispredicted,
                 rebuilds: counters.rebuilds,
+                adopted: counters.adopted,
                 errors: counters.errors,
                 passes: stats.passes,
                 bytes: stats.bytes,
@@ -339,6 +360,7 @@ impl Handle {
                 number: record.number,
                 block: record.block,
                 bytes: record.bytes,
+                stretch_bytes: record.stretch_bytes,
                 copy_start_ns: record.times.copy_start_ns,
                 copy_end_ns: record.times.copy_end_ns,
                 wait_ns: record.times.wait_ns,

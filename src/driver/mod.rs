@@ -52,7 +52,7 @@ impl Source {
 /// When the marks of one use were passed, in nanoseconds since the device was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct UseTimes {
-    /// The copy stream began the first copy of the use.
+    /// The copy stream began the last stretch of copies of the use: those enqueued at once.
     pub copy_start_ns: u64,
     /// The copy stream finished the last copy of the use: *ready*.
     pub copy_end_ns: u64,

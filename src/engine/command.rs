@@ -13,7 +13,7 @@ pub enum Command {
     /// Copy stream, ahead of all that the staging thread still has to do: wait for *done* before
     /// its event is marked again, on another compute stream.
     Join(EventSlot),
-    /// Copy stream: mark where the copies of a use begin.
+    /// Copy stream: mark where a stretch of a use's copies begins.
     CopyStart(EventSlot),
     /// Copy stream: the copy `copies[index]` of the program.
     Copy {
@@ -22,6 +22,12 @@ pub enum Command {
     },
     /// Copy stream: bring the resident tensors of a block.
     Load {
+        /// The block.
+        block: u32,
+    },
+    /// Copy stream: bring those resident tensors of a block that the plan before did not have in
+    /// the same place.
+    LoadMissing {
         /// The block.
         block: u32,
     },

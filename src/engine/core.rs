@@ -6,12 +6,14 @@ use super::command::Command;
 use super::executor::{CopySide, Executor, Moved};
 use super::feed::{lock_streamed, staging_for, weights_of};
 use super::order::Order;
+use super::review::{Review, kept};
 use super::schedule::Schedule;
-use super::trace::{Counters, Record, Trace};
+use super::trace::{Counters, Trace};
+use super::tuner::{Assembly, Tuner};
 use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
-use crate::plan::Plan;
+use crate::plan::{Plan, plan_after};
 use crate::pool::{Arena, Pins, Staging};
 use crate::units::index;
 
@@ -32,17 +34,22 @@ pub(super) struct Core {
     pub(super) spec: Spec,
     pub(super) plan: Plan,
     pub(super) order: Order,
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     arena: Arena,
-    schedule: Schedule,
+    pub(super) schedule: Schedule,
     executor: Executor,
     // Dropped after the executor: copies out of page-locked memory have ended then.
     pins: Pins,
-    trace: Trace,
+    pub(super) trace: Trace,
+    pub(super) assembly: Assembly,
+    pub(super) tuner: Tuner,
+    pub(super) review: Review,
+    /// A better plan for the present order and budget, to be adopted between passes.
+    pub(super) proposal: Option<Plan>,
     counters: Counters,
-    commands: Vec<Command>,
+    pub(super) commands: Vec<Command>,
     /// For each event slot, the number of the timed use whose times were not read yet.
-    unread: Vec<Option<u64>>,
+    pub(super) unread: Vec<Option<u64>>,
     active_timed: Option<u64>,
     /// The stream of the last *done*.
     last_compute: ComputeStream,
@@ -54,18 +61,27 @@ pub(super) struct Core {
     life: Life,
 }
 
+/// What a plan before leaves: memory, and residents in their place.
+#[derive(Debug, Default)]
+pub(super) struct Before {
+    pins: Option<Pins>,
+    staging: Option<Staging>,
+    /// Empty, or for each tensor whether it lies where the plan has it.
+    kept: Vec<bool>,
+}
+
 impl Core {
     /// Page-locks, and makes everything that a plan needs. Nothing of an earlier plan runs any
-    /// more; of its memory, `pins` and `staging` are taken over where they still fit.
+    /// more; what it leaves is taken over where it still fits.
     pub(super) fn new(
         device: Arc<dyn Device>,
         spec: Spec,
         plan: Plan,
         arena: Arena,
-        pins: Option<Pins>,
-        staging: Option<Staging>,
+        before: Before,
     ) -> Result<Self> {
-        let mut pins = pins.unwrap_or_else(|| lock_streamed(&device, &spec, &plan));
+        let Before { pins, staging, kept } = before;
+        let mut pins = lock_streamed(&device, &spec, &plan, pins);
         let program = Arc::new(plan.program.clone());
         let mut weights = weights_of(device.as_ref(), &spec, &pins);
         let staging = match staging_for(&device, &spec, &weights, staging) {
@@ -87,15 +103,20 @@ impl Core {
             weights,
             arena,
             staging,
+            kept: kept.clone(),
             moved: Arc::clone(&moved),
         };
         Ok(Self {
             device,
-            schedule: Schedule::new(program, spec.options),
+            schedule: Schedule::new(program, spec.options, &kept),
             executor: Executor::new(copy_side, capacity)?,
             pins,
             order: Order::new(spec.profile.order.clone()),
             trace: Trace::new(spec.trace_uses),
+            assembly: Assembly::new(spec.profile.order.len()),
+            tuner: Tuner::new(),
+            review: Review::default(),
+            proposal: None,
             counters: Counters::default(),
             commands: Vec::with_capacity(capacity),
             unread: vec![None; index(slots)],
@@ -131,6 +152,10 @@ impl Core {
         result
     }
 
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.life, Life::Open | Life::Busy)
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         matches!(self.life, Life::Closed(_))
     }
@@ -155,7 +180,11 @@ impl Core {
         self.active_timed = entered.number.filter(|_| entered.timed);
         self.run(compute, last)?;
         self.entered_on = compute;
+        let passes = self.order.passes();
         self.order.seen(block);
+        if self.order.passes() > passes {
+            self.pass_ended();
+        }
         self.counters.uses += 1;
         self.counters.on_demand += u64::from(entered.on_demand);
         self.counters.mispredicted += u64::from(entered.skipped > 0 || entered.number.is_none());
@@ -239,28 +268,41 @@ impl Core {
         if let Some(block) = self.schedule.active_block() {
             return Err(Error::Misuse(format!("the plan cannot change while block {block} runs")));
         }
-        let mut spec = self.spec.clone();
-        spec.budget_bytes = budget_bytes;
-        spec.profile.order = self.order.best().to_vec();
-        let plan = crate::plan::plan(&spec.profile, budget_bytes)?;
+        let spec = Spec { budget_bytes, profile: self.best_profile(), ..self.spec.clone() };
+        let same_arena = self.arena.at(0, 0) == address;
+        let unchanged = budget_bytes == self.spec.budget_bytes && !self.order.has_learned();
+        let proposal = self.proposal.take().filter(|_| unchanged && same_arena);
+        let adopted = proposal.is_some();
+        let plan = match proposal {
+            Some(plan) => plan,
+            None => plan_after(&spec.profile, budget_bytes, same_arena.then_some(&self.plan))?,
+        };
         let arena = Arena::new(address, bytes, plan.arena_bytes)?;
+        // Residents that are not enqueued yet will be dropped.
+        let arrived = same_arena && self.executor.is_idle();
         self.stop().inspect_err(|error| self.poison(error.to_string()))?;
 
         let device = Arc::clone(&self.device);
         let staging = self.executor.take_staging();
         let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
-        let pins = (plan.resident == self.plan.resident).then_some(pins);
-        match Self::new(Arc::clone(&device), spec, plan, arena, pins, staging) {
+        let kept = if arrived {
+            kept(&spec.profile, &self.plan, &plan, self.schedule.loaded())
+        } else {
+            Vec::new()
+        };
+        let before = Before { pins: Some(pins), staging, kept };
+        match Self::new(Arc::clone(&device), spec, plan, arena, before) {
             Ok(next) => {
                 self.order.take();
                 self.counters.rebuilds += 1;
+                self.counters.adopted += u64::from(adopted);
                 self.replace_by(next);
                 Ok(())
             }
             Err(error) => {
                 self.counters.errors += 1;
                 let (spec, plan) = (self.spec.clone(), self.plan.clone());
-                match Self::new(device, spec, plan, self.arena, None, None) {
+                match Self::new(device, spec, plan, self.arena, Before::default()) {
                     Ok(old) => self.replace_by(old),
                     Err(second) => self.poison(second.to_string()),
                 }
@@ -274,12 +316,15 @@ impl Core {
         next.moved_before = self.moved();
         next.counters = self.counters;
         std::mem::swap(&mut next.order, &mut self.order);
+        std::mem::swap(&mut next.tuner, &mut self.tuner);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;
     }
 
     /// Blocks until nothing of this engine reads or writes on the device any more.
     fn stop(&mut self) -> Result<()> {
+        self.review.stop();
+        self.proposal = None;
         let stopped = self.executor.stop();
         let running = self.schedule.active_block().map_or(Ok(()), |_| {
             let origin = self.schedule.origin();
@@ -303,46 +348,6 @@ impl Core {
             Life::Poisoned(_) => Ok(()),
             _ => stopped,
         }
-    }
-
-    /// Reads the times of uses whose marks the commands are about to move.
-    fn read_times(&mut self) {
-        for at in 0..self.commands.len() {
-            if let Command::CopyStart(slot) | Command::Ready { slot, .. } = self.commands[at] {
-                if let Some(number) = self.unread[index(slot.0)] {
-                    self.take_times(number);
-                    self.unread[index(slot.0)] = None;
-                }
-            }
-        }
-    }
-
-    fn take_times(&mut self, number: u64) {
-        let slot = self.schedule.slot_of(number);
-        if self.unread[index(slot.0)] != Some(number) {
-            return;
-        }
-        if let Some(times) = self.device.times(slot) {
-            self.unread[index(slot.0)] = None;
-            let cycle = u64::from(self.plan.program.cycle);
-            let used = &self.plan.program.uses[index(number % cycle)];
-            let bytes = self.plan.program.copies_of(used).iter().map(|copy| copy.bytes).sum();
-            self.trace.push(Record { number, block: used.block, bytes, times });
-        }
-    }
-
-    fn read_all_times(&mut self) {
-        let mut numbers: Vec<u64> = self.unread.iter().flatten().copied().collect();
-        numbers.sort_unstable();
-        for number in numbers {
-            self.take_times(number);
-        }
-    }
-
-    /// The timed uses, oldest first, with those whose marks have passed meanwhile.
-    pub(super) fn records(&mut self) -> Vec<Record> {
-        self.read_all_times();
-        self.trace.records().copied().collect()
     }
 
     fn moved(&self) -> (u64, u64) {

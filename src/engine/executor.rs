@@ -49,6 +49,8 @@ pub(super) struct CopySide {
     pub(super) weights: Vec<Weight>,
     pub(super) arena: Arena,
     pub(super) staging: Option<Staging>,
+    /// Resident tensors that the plan before had in the same place.
+    pub(super) kept: Vec<bool>,
     pub(super) moved: Arc<Moved>,
 }
 
@@ -59,6 +61,15 @@ impl CopySide {
             Command::Load { block } => {
                 let program = Arc::clone(&self.program);
                 program.loads[index(block)].iter().try_for_each(|&copy| self.copy(copy))
+            }
+            Command::LoadMissing { block } => {
+                let program = Arc::clone(&self.program);
+                for &load in &program.loads[index(block)] {
+                    if !self.kept[index(load.tensor)] {
+                        self.copy(load)?;
+                    }
+                }
+                Ok(())
             }
             Command::WaitDone(slot) => self.device.wait_done(slot),
             Command::CopyStart(slot) => self.device.mark_copy_start(slot),
@@ -125,7 +136,9 @@ impl Executor {
     fn needs_staging(&self, command: Command) -> bool {
         match command {
             Command::Copy { index: number } => self.staged_copies[index(number)],
-            Command::Load { block } => self.staged_loads[index(block)],
+            Command::Load { block } | Command::LoadMissing { block } => {
+                self.staged_loads[index(block)]
+            }
             _ => false,
         }
     }

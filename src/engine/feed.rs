@@ -15,8 +15,14 @@ const CHUNK_BYTES: u64 = 16 << 20;
 const LEAST_CHUNK_BYTES: u64 = 64 << 10;
 const MOST_CHUNKS: u32 = 64;
 
-/// Page-locks what is copied in every pass, largest first; residents are copied once.
-pub(super) fn lock_streamed(device: &Arc<dyn Device>, spec: &Spec, plan: &Plan) -> Pins {
+/// Page-locks what is copied in every pass, largest first; residents are copied once. What is
+/// locked already stays locked as far as it is still streamed, or the budget leaves room for it.
+pub(super) fn lock_streamed(
+    device: &Arc<dyn Device>,
+    spec: &Spec,
+    plan: &Plan,
+    before: Option<Pins>,
+) -> Pins {
     let mut spans: Vec<Span> = Vec::new();
     for (number, source) in spec.sources.iter().enumerate() {
         if let (Source::Memory { address }, false) = (source, plan.resident[number]) {
@@ -28,7 +34,9 @@ pub(super) fn lock_streamed(device: &Arc<dyn Device>, spec: &Spec, plan: &Plan) 
     }
     spans.sort_by_key(|span| std::cmp::Reverse(span.bytes));
     let page = crate::driver::host::shim::page_bytes();
-    Pins::lock(Arc::clone(device), &spans, spec.pinned_bytes, page)
+    let mut pins = before.unwrap_or_else(|| Pins::none(Arc::clone(device)));
+    pins.lock(&spans, spec.pinned_bytes, page);
+    pins
 }
 
 /// Where each weight lies, and whether the device takes it from there.

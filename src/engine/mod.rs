@@ -4,10 +4,13 @@ mod command;
 mod core;
 mod executor;
 mod feed;
+mod learn;
 mod order;
+mod review;
 mod schedule;
 mod stager;
 mod trace;
+mod tuner;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,10 +21,12 @@ use parking_lot::Mutex;
 pub use command::Command;
 pub use executor::Weight;
 pub use order::Order;
+pub use review::Adapt;
 pub use schedule::{Entered, Options, Schedule};
 pub use trace::{Counters, Record, Trace};
+pub use tuner::{PassTimes, Reason, Tuner};
 
-use self::core::Core;
+use self::core::{Before, Core};
 use crate::driver::{ComputeStream, Device, Source};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, Profile, plan};
@@ -95,7 +100,7 @@ impl Engine {
         }
         let plan = plan(&spec.profile, spec.budget_bytes)?;
         let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes)?;
-        let core = Core::new(device, spec, plan, arena, None, None)?;
+        let core = Core::new(device, spec, plan, arena, Before::default())?;
         Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
     }
 
@@ -109,7 +114,7 @@ impl Engine {
     pub fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
         self.core.lock().call(|core| {
             core.rebuild(budget_bytes, address, bytes)?;
-            self.wants_rebuild.store(core.order.has_learned(), Ordering::Release);
+            self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
             Ok(())
         })
     }
@@ -121,11 +126,11 @@ impl Engine {
     /// Those of [`plan`].
     pub fn plan_for(&self, budget_bytes: u64) -> Result<Plan> {
         let core = self.core.lock();
-        let profile = Profile { order: core.order.best().to_vec(), ..core.spec.profile.clone() };
-        plan(&profile, budget_bytes)
+        plan(&core.best_profile(), budget_bytes)
     }
 
-    /// Whether the order of use turned out to be another one than planned for.
+    /// Whether the order of use turned out to be another one than planned for, or a better plan
+    /// was found for what was measured: [`Engine::rebuild`] takes it up, best between passes.
     pub fn wants_rebuild(&self) -> bool {
         self.wants_rebuild.load(Ordering::Acquire)
     }
@@ -146,7 +151,7 @@ impl Engine {
     pub fn enter(&self, block: u32, compute: ComputeStream) -> Result<u32> {
         self.core.lock().call(|core| {
             let entered = core.enter(block, compute);
-            if core.order.has_learned() {
+            if core.wants_rebuild() {
                 self.wants_rebuild.store(true, Ordering::Release);
             }
             entered
@@ -173,7 +178,8 @@ impl Engine {
     pub fn end_pass(&self) {
         let mut core = self.core.lock();
         core.order.end();
-        self.wants_rebuild.store(core.order.has_learned(), Ordering::Release);
+        core.pass_ended();
+        self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
     }
 
     /// The host weights of `block` were changed in place: what the device has of them is old.

@@ -18,9 +18,10 @@
 use std::sync::Arc;
 
 use super::command::Command;
+use super::review::Adapt;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
-use crate::plan::{Program, Wait};
+use crate::plan::{Copy, Program, Wait};
 use crate::units::{index, narrow};
 
 /// The block that runs now.
@@ -59,6 +60,10 @@ pub struct Schedule {
     issued_copies: u32,
     released: u64,
     loaded: Vec<bool>,
+    /// Blocks of which some residents are still where the plan before had them.
+    kept: Vec<bool>,
+    /// For each event slot, the first copy of its last stretch, of those of its use.
+    stretches: Vec<Option<u32>>,
     tickets: Vec<u64>,
     last_ticket: u64,
     last_done: Option<EventSlot>,
@@ -73,15 +78,19 @@ pub struct Options {
     pub poison: bool,
     /// Mark times: in the first four cycles, later in two of eight.
     pub timing: bool,
+    /// Mark times in every cycle, and look for better plans.
+    pub adapt: Adapt,
     /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
     pub early: u64,
 }
 
 impl Schedule {
-    /// A schedule with nothing on the device yet.
-    pub fn new(program: Arc<Program>, options: Options) -> Self {
+    /// A schedule with nothing on the device yet but the resident tensors that are `kept`.
+    pub fn new(program: Arc<Program>, options: Options, kept: &[bool]) -> Self {
         let slots = index(Self::event_slots(&program));
-        let loaded = program.loads.iter().map(Vec::is_empty).collect();
+        let here = |load: &Copy| kept.get(index(load.tensor)).is_some_and(|&kept| kept);
+        let loaded = program.loads.iter().map(|loads| loads.iter().all(here)).collect();
+        let kept = program.loads.iter().map(|loads| loads.iter().any(here)).collect();
         Self {
             program,
             next: 0,
@@ -89,6 +98,8 @@ impl Schedule {
             issued_copies: 0,
             released: 0,
             loaded,
+            kept,
+            stretches: vec![None; slots],
             tickets: vec![0; slots],
             last_ticket: 0,
             last_done: None,
@@ -125,7 +136,8 @@ impl Schedule {
     /// Whether the marks of use `number` carry times.
     fn timed(&self, number: u64) -> bool {
         let cycle = number / self.cycle();
-        self.options.timing && (cycle < 4 || cycle % 8 < 2)
+        let always = self.options.adapt != Adapt::Off;
+        always || (self.options.timing && (cycle < 4 || cycle % 8 < 2))
     }
 
     /// Uses in one cycle, and the event slot of `number`: for reading times.
@@ -221,7 +233,7 @@ impl Schedule {
         let on_demand = alone || !self.loaded[index(block)];
         if on_demand {
             self.wait_for_last(out);
-            self.issue_copies(position, 0, out);
+            self.issue_copies(slot, position, 0, out);
             self.mark_ready(slot, out);
         }
         self.active = Some(Active { position, slot, alone });
@@ -300,24 +312,45 @@ impl Schedule {
     /// Enqueues what is left of use `issued`, and its *ready*.
     fn issue_rest(&mut self, out: &mut Vec<Command>) {
         let position = self.position(self.issued);
+        let slot = self.slot(self.issued);
         self.start_copies(out);
-        self.issue_copies(position, self.issued_copies, out);
-        self.mark_ready(self.slot(self.issued), out);
+        self.issue_copies(slot, position, self.issued_copies, out);
+        self.mark_ready(slot, out);
         self.issued += 1;
         self.issued_copies = 0;
     }
 
-    fn start_copies(&self, out: &mut Vec<Command>) {
-        if self.issued_copies == 0 && self.timed(self.issued) {
-            out.push(Command::CopyStart(self.slot(self.issued)));
+    fn start_copies(&mut self, out: &mut Vec<Command>) {
+        if self.timed(self.issued) {
+            let slot = self.slot(self.issued);
+            self.stretches[index(slot.0)] = Some(self.issued_copies);
+            out.push(Command::CopyStart(slot));
         }
     }
 
-    fn issue_copies(&mut self, position: u32, from: u32, out: &mut Vec<Command>) {
+    /// The copies of the last stretch of use `number`; none if residents were brought in it too.
+    pub fn stretch(&self, number: u64) -> &[Copy] {
+        let copies = self.program.copies_of(&self.program.uses[index(self.position(number))]);
+        let first = self.stretches[index(self.slot(number).0)];
+        first.and_then(|first| copies.get(index(first)..)).unwrap_or_default()
+    }
+
+    /// For each block, whether its resident tensors have been asked for.
+    pub fn loaded(&self) -> &[bool] {
+        &self.loaded
+    }
+
+    fn issue_copies(&mut self, slot: EventSlot, position: u32, from: u32, out: &mut Vec<Command>) {
         let used = &self.program.uses[index(position)];
         if !self.loaded[index(used.block)] {
-            self.loaded[index(used.block)] = true;
-            out.push(Command::Load { block: used.block });
+            let block = used.block;
+            self.loaded[index(block)] = true;
+            out.push(if self.kept[index(block)] {
+                Command::LoadMissing { block }
+            } else {
+                Command::Load { block }
+            });
+            self.stretches[index(slot.0)] = None;
         }
         out.extend(used.copies.clone().skip(index(from)).map(|index| Command::Copy { index }));
     }
@@ -335,6 +368,7 @@ impl Schedule {
     /// The master of a block was changed: its resident tensors are brought again.
     pub fn reload(&mut self, block: u32) {
         self.loaded[index(block)] = self.program.loads[index(block)].is_empty();
+        self.kept[index(block)] = false;
         // Streamed bytes that are on their way may be the old ones.
         self.issued = self.next;
         self.issued_copies = 0;
@@ -349,6 +383,7 @@ impl Schedule {
         for (loaded, loads) in self.loaded.iter_mut().zip(&self.program.loads) {
             *loaded = loads.is_empty();
         }
+        self.kept.fill(false);
         self.issued = self.next;
         self.issued_copies = 0;
     }

@@ -99,8 +99,10 @@ impl Stager {
     /// Drops the copies of uses that will not come. Loads stay, since residents are needed
     /// whatever comes; waits stay, since they order what comes later.
     pub(super) fn cancel(&self) {
-        let keep =
-            |command: &Command| matches!(command, Command::WaitDone(_) | Command::Load { .. });
+        let keep = |command: &Command| {
+            use Command::{Load, LoadMissing, WaitDone};
+            matches!(command, WaitDone(_) | Load { .. } | LoadMissing { .. })
+        };
         self.shared.state.lock().queue.retain(keep);
     }
 

@@ -13,6 +13,11 @@ pub struct Record {
     pub block: u32,
     /// Bytes that this use streamed.
     pub bytes: u64,
+    /// Bytes of those that were copied from [`UseTimes::copy_start_ns`] on, in one stretch; 0 if
+    /// residents were brought in it too.
+    pub stretch_bytes: u64,
+    /// Copies of that stretch.
+    pub stretch_copies: u32,
     /// When.
     pub times: UseTimes,
 }
@@ -28,6 +33,8 @@ pub struct Counters {
     pub mispredicted: u64,
     /// Times the plan was made anew.
     pub rebuilds: u64,
+    /// Of those, the times it was for what was measured.
+    pub adopted: u64,
     /// Errors of the device.
     pub errors: u64,
 }

@@ -210,7 +210,9 @@ fn homes(
             next = start + bytes(number);
         }
         let mut homes = vec![0; resident.len()];
-        stay.iter().for_each(|&(start, number)| homes[number] = start);
+        for &(start, number) in &stay {
+            homes[number] = start;
+        }
         let stays = |number: usize| stay.binary_search(&(homes[number], number)).is_ok();
         let mut missing: Vec<usize> =
             (0..resident.len()).filter(|&n| resident[n] && !stays(n)).collect();

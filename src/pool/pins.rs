@@ -35,31 +35,59 @@ impl Pins {
         Self { device, locked: Vec::new(), failed: 0 }
     }
 
-    /// Locks `spans`, in their order of worth, until `budget_bytes` of whole pages are spent.
+    /// Locks `spans`, in their order of worth, until `budget_bytes` of whole pages are spent. What
+    /// is locked already is not locked again; what no span needs is unlocked only where the budget
+    /// has no room for both.
     ///
     /// Never fails: what cannot be locked goes through staging, and is counted. One refusal may be
     /// about one range, which someone else has locked; after a few nothing more is tried, since
     /// where the limit is reached all would fail, and each costs time.
-    pub fn lock(device: Arc<dyn Device>, spans: &[Span], budget_bytes: u64, page: u64) -> Self {
-        let mut pins = Self::none(device);
-        let mut left = budget_bytes;
-        for range in merge(spans, budget_bytes, page) {
-            let pages = page_bytes(range.address, range.address + range.bytes, page);
-            if pages > left {
+    pub fn lock(&mut self, spans: &[Span], budget_bytes: u64, page: u64) {
+        let ranges = merge(spans, budget_bytes, page);
+        let pages = |range: &Span| page_bytes(range.address, range.address + range.bytes, page);
+        let missing: Vec<Span> = ranges.iter().copied().filter(|&r| !self.covers(r)).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let needed: u64 = missing.iter().map(pages).fold(0, u64::saturating_add);
+        let held = |pins: &Self| pins.locked.iter().map(pages).fold(0, u64::saturating_add);
+        if held(self).saturating_add(needed) > budget_bytes || self.overlaps(&missing) {
+            let within = |locked: &Span, range: &Span| {
+                range.address <= locked.address
+                    && locked.address + locked.bytes <= range.address + range.bytes
+            };
+            let used = |locked: &Span| ranges.iter().any(|range| within(range, locked));
+            let (stay, go): (Vec<Span>, Vec<Span>) = self.locked.iter().copied().partition(used);
+            self.locked = stay;
+            for range in go {
+                self.device.page_unlock(range.address, range.bytes);
+            }
+        }
+        let mut left = budget_bytes.saturating_sub(held(self));
+        let mut refused = 0;
+        for range in missing {
+            if pages(&range) > left || self.overlaps(&[range]) {
                 continue;
             }
-            if pins.device.page_lock(range.address, range.bytes).is_err() {
-                pins.failed += 1;
-                if pins.failed == MOST_REFUSALS {
+            if self.device.page_lock(range.address, range.bytes).is_err() {
+                self.failed += 1;
+                refused += 1;
+                if refused == MOST_REFUSALS {
                     break;
                 }
                 continue;
             }
-            left -= pages;
-            pins.locked.push(range);
+            left -= pages(&range);
+            self.locked.push(range);
         }
-        pins.locked.sort_by_key(|range| range.address);
-        pins
+        self.locked.sort_by_key(|range| range.address);
+    }
+
+    /// Whether any of the ranges shares bytes with what is locked: a byte is registered once only.
+    fn overlaps(&self, ranges: &[Span]) -> bool {
+        let shares =
+            |a: &Span, b: &Span| a.address < b.address + b.bytes && b.address < a.address + a.bytes;
+        ranges.iter().any(|range| self.locked.iter().any(|locked| shares(range, locked)))
     }
 
     /// Unlocks everything, because staging needs the room; counts as a refusal.

@@ -124,7 +124,7 @@ fn measure(device: Arc<dyn Device>, sources: Vec<Source>, arena: u64, passes: u3
         budget_bytes: BUDGET,
         trace_uses: 32,
         staging_bytes: 1 << 20,
-        options: Options { timing: true, poison: true, early: 0 },
+        options: Options { timing: true, poison: true, early: 0, ..Options::default() },
         ..Spec::default()
     };
     let engine = Engine::new(device, spec, arena, BUDGET).expect("feasible");

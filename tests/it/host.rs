@@ -194,7 +194,9 @@ fn a_throttled_copy_takes_its_time() {
     assert_eq!(records.len(), 18);
     for record in records {
         let times = record.times;
-        assert!(times.copy_end_ns - times.copy_start_ns >= record.bytes * 1_000_000_000 / rate);
+        assert!(
+            times.copy_end_ns - times.copy_start_ns >= record.stretch_bytes * 1_000_000_000 / rate
+        );
         assert!(times.copy_end_ns <= times.start_ns);
         assert!(times.wait_ns <= times.start_ns);
         assert!(times.start_ns <= times.end_ns);

@@ -8,7 +8,7 @@ use dgls_core::Error;
 use dgls_core::driver::mutant::{Dropped, Mutant};
 use dgls_core::driver::sim::{SimDevice, SimOptions};
 use dgls_core::driver::{ComputeStream, Device};
-use dgls_core::engine::{Engine, Options, Spec};
+use dgls_core::engine::{Adapt, Engine, Options, Spec};
 use dgls_core::plan::Plan;
 
 use crate::flaky::Flaky;
@@ -145,6 +145,7 @@ impl World {
                 poison: random.chance(50),
                 timing: random.chance(50),
                 early: setup.early,
+                adapt: random.pick(&[Adapt::Off, Adapt::AtOnce, Adapt::Beside]),
             },
         };
         let stream = ComputeStream(16);
@@ -233,7 +234,7 @@ impl World {
             self.engine.end_pass();
         }
         if self.meddling && self.engine.wants_rebuild() && self.random.chance(70) {
-            let same = self.random.chance(60);
+            let same = self.random.chance(80);
             let budget =
                 if same { self.budget } else { self.stack.random_budget(&mut self.random) };
             self.rebuild(budget);
@@ -320,7 +321,7 @@ impl World {
                 }
             }
         }
-        let keep = budget <= self.arena.1 && self.random.chance(30);
+        let keep = budget <= self.arena.1 && self.random.chance(60);
         let next = if keep { self.arena } else { (self.next_arena, budget) };
         if !keep {
             self.next_arena += ARENA;

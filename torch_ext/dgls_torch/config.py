@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DEVICE = re.compile(r"(cuda)(?::(0|[1-9][0-9]{0,3}))?|(cpu)(?::0)?")
 _STAGING_LEAST = 4 * KIB
 _TRACE_MOST = 1024
+_PREFETCH_MOST = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,17 @@ class StreamConfig:
         min_stream_bytes: Tensors smaller than this stay resident.
             Unit: bytes. Range: 0 to 2**63 - 1; 0 streams all. Default: 64 KiB.
             Change it: up when a report shows many small copies, down for models of tiny tensors.
+        resident: The blocks that stay on the device as a whole; all others are streamed whole.
+            Unit: block indices or dotted names. Range: ``None``, or any number of blocks, each
+            once. Default: ``None``, the planner keeps some tensors of every block, which is faster.
+            Change it: to repeat a choice of another program.
+        prefetch: How many blocks are copied ahead of the running one, at most.
+            Unit: blocks. Range: ``None``, or 0 to 1000; 0 copies a block when the one before has
+            ended. Default: ``None``, as many as pay.
+            Change it: to repeat a choice of another program.
+        adapt: Whether times are measured in every pass and a better plan is taken up between two.
+            Unit: yes or no. Range: a bool. Default: ``True``.
+            Change it: for CUDA graphs, which need the same addresses in every pass.
         trace_passes: How many of the last passes are kept for the timeline.
             Unit: passes. Range: 0 to 1024; 0 keeps none. Default: 8.
             Change it: up to look at a whole run, to 0 to save the last few kilobytes.
@@ -82,6 +94,9 @@ class StreamConfig:
     pinned: int | float | str = "auto"
     staging: int | float | str = 64 * MIB
     min_stream_bytes: int = 64 * KIB
+    resident: Iterable[int | str] | None = None
+    prefetch: int | None = None
+    adapt: bool = True
     trace_passes: int = 8
     poison: bool = False
     copy_bytes_per_s: float | None = None
@@ -105,6 +120,9 @@ class StreamConfig:
             "pinned": _size_or_auto(self.pinned, "pinned", least=0),
             "staging": parse_bytes(self.staging, "staging", least=_STAGING_LEAST),
             "min_stream_bytes": parse_bytes(self.min_stream_bytes, "min_stream_bytes", least=0),
+            "resident": _resident(self.resident),
+            "prefetch": _prefetch(self.prefetch),
+            "adapt": _bool(self.adapt, "adapt"),
             "trace_passes": _trace_passes(self.trace_passes),
             "poison": _bool(self.poison, "poison"),
             "copy_bytes_per_s": _rate(self.copy_bytes_per_s, "copy_bytes_per_s"),
@@ -245,6 +263,34 @@ def _source(value: object) -> str:
     if not path.strip() or "\0" in path:
         raise ValueError(f'source needs "tensors" or the path of a file, found {path!r}')
     return path
+
+
+def _resident(value: object) -> tuple[int | str, ...] | None:
+    if value is None:
+        return None
+    needed = "None or a sequence of block indices or dotted names"
+    blocks = _items(value, "resident", needed)
+    for index, block in enumerate(blocks):
+        what = f"resident[{index}]"
+        if isinstance(block, str):
+            _dotted(block, what)
+        elif isinstance(block, bool) or not isinstance(block, int):
+            raise _wrong_type(what, "a block index or a dotted name", block)
+        elif block < 0:
+            raise ValueError(f"{what} needs a block index from 0 on, found {block}")
+        if block in blocks[:index]:
+            raise ValueError(f"{what} needs to be named once, found {block!r} twice")
+    return blocks
+
+
+def _prefetch(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong_type("prefetch", "None or an int", value)
+    if not 0 <= value <= _PREFETCH_MOST:
+        raise ValueError(f"prefetch needs 0 to {_PREFETCH_MOST} blocks, found {value}")
+    return value
 
 
 def _trace_passes(value: object) -> int:

@@ -15,6 +15,8 @@ from dgls_torch.units import format_bytes
 from dgls_torch.weights import Weight, block_weights, parameters_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dgls_torch.config import StreamConfig
     from dgls_torch.native import Engine
 
@@ -66,6 +68,25 @@ class Layout:
         except BaseException:
             self._placement.restore()
             raise
+
+    def chosen(self, blocks: Iterable[int | str]) -> list[int]:
+        """The indices of blocks that were named or numbered.
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        found = []
+        for block in blocks:
+            if isinstance(block, str) and block in self.names:
+                found.append(self.names.index(block))
+            elif isinstance(block, int) and block < len(self.names):
+                found.append(block)
+            else:
+                raise ValueError(
+                    f"resident names block {block!r}, and there are blocks 0 to "
+                    f"{len(self.names) - 1}, '{self.names[0]}' to '{self.names[-1]}'"
+                )
+        return found
 
     def budget(self, config: StreamConfig, engine: Engine | None) -> int:
         """The device bytes for all weights that a configuration allows now."""

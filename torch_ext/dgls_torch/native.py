@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dgls_torch.weights import Weight
 
 _ops = torch.ops.dgls
-_RECORD = 8
+_RECORD = 9
 _PATIENCE_MS = 5000
 # Blocks of all streams: one that two streams bind would be refused in the middle of a pass.
 _hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -80,6 +80,10 @@ class Engine:
             trace_uses=config.trace_passes * len(order),
             copy_bytes_per_s=int(config.copy_bytes_per_s or 0),
             poison=config.poison,
+            adapt=config.adapt,
+            manual=config.resident is not None,
+            resident_blocks=layout.chosen(config.resident or ()),
+            window=-1 if config.prefetch is None else config.prefetch,
             # For tests: another driver than the arena's, and waits taken out.
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
@@ -257,8 +261,8 @@ class Engine:
     def plan(self) -> Plan:
         """The plan in force."""
         layout = self._layout
-        resident, facts = _ops.plan_for(self.number, self._budget)
-        _, streamed, ring, arena = facts[:4]
+        resident, facts = _ops.plan_in_force(self.number)
+        _, streamed, ring, arena, _, _, period_ns, bound_ns = facts
         kept, moved = [0] * len(layout.names), [0] * len(layout.names)
         for block, size, stays in zip(self._blocks, self._sizes, resident, strict=True):
             (kept if stays else moved)[block] += size
@@ -269,6 +273,8 @@ class Engine:
             outside_bytes=layout.outside_bytes,
             arena_bytes=arena,
             ring_bytes=ring,
+            predicted_s=None if period_ns < 0 else period_ns * 1e-9,
+            predicted_bound_s=None if bound_ns < 0 else bound_ns * 1e-9,
             streamed_bytes=streamed,
             least_vram_bytes=layout.least_bytes,
             blocks=tuple(BlockPlan(layout.names[b], kept[b], moved[b]) for b in order),
@@ -285,6 +291,7 @@ class Engine:
             on_demand=on_demand,
             mispredicted=mispredicted,
             rebuilds=rebuilds,
+            adopted=stats[11],
             errors=errors,
             h2d_bytes_total=moved,
             copies=copies,
@@ -299,9 +306,10 @@ class Engine:
         in_pass = max(1, len(_ops.order(self.number)))
         uses = []
         for at in range(0, len(flat), _RECORD):
-            number, block, size, *times = flat[at : at + _RECORD]
+            number, block, size, stretch, *times = flat[at : at + _RECORD]
             seconds = [time * 1e-9 for time in times]
-            uses.append(Use(number // in_pass, self._layout.names[block], size, *seconds))
+            name = self._layout.names[block]
+            uses.append(Use(number // in_pass, name, size, stretch, *seconds))
         return uses
 
 

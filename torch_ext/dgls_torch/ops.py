@@ -16,9 +16,14 @@ Set-up (none of these enqueues anything):
 budget_bytes, ...)``
     Makes an engine. ``arena``: uint8, one dimension, at least arena_bytes, on the device that
     computes. ``weights``: CPU tensors; then come those of ``files``. The engine keeps all alive.
+    ``adapt``: time every pass and look for better plans in a thread; ``wants_rebuild`` says when
+    one was found. ``manual``: ``resident_blocks`` stay whole, all others are streamed whole.
+    ``window``: blocks that are copied ahead at most, or -1.
 ``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
-    What another budget would give; and a change to it. ``rebuild`` blocks until the device is
-    done with the old arena.
+    What another budget would give; and a change to it, or to the better plan that was found.
+    ``rebuild`` blocks until the device is done with the old arena.
+``plan_in_force(engine)``
+    As ``plan_for``, of the plan in force.
 ``layout(engine)``
     For each position of the program: block, number of tensors, arena offset of each tensor.
 ``order(engine)``

@@ -32,6 +32,9 @@ class Plan:
         outside_bytes: What of it the weights and buffers outside of the streamed tensors take.
         arena_bytes: What the resident tensors and the ring take.
         ring_bytes: Size of the ring that the streamed tensors go through.
+        predicted_s: Seconds of a pass, by exact simulation with the times measured when the plan
+            was made; ``None`` before that.
+        predicted_bound_s: What no plan could be faster than then.
         streamed_bytes: Bytes copied in each pass.
         least_vram_bytes: The smallest budget with which this model runs.
         blocks: One entry for each block, in order of first use.
@@ -42,6 +45,8 @@ class Plan:
     outside_bytes: int
     arena_bytes: int
     ring_bytes: int
+    predicted_s: float | None
+    predicted_bound_s: float | None
     streamed_bytes: int
     least_vram_bytes: int
     blocks: tuple[BlockPlan, ...]
@@ -77,6 +82,11 @@ class Plan:
             )
         else:
             lines.append("  everything fits: nothing is streamed")
+        if self.ring_bytes and self.predicted_s and self.predicted_bound_s:
+            lines.append(
+                f"  a pass should take {format_seconds(self.predicted_s)}, "
+                f"{self.predicted_s / self.predicted_bound_s:.3f} of the bound"
+            )
         return "\n".join([*lines, *_table(rows)])
 
 
@@ -85,12 +95,14 @@ class Use:
     """One timed use of a block; seconds since the engine was made.
 
     The compute stream reached the block at ``wait_s``, began at ``start_s`` when its weights had
-    arrived, and ended at ``end_s``; its copies took from ``copy_start_s`` to ``copy_end_s``.
+    arrived, and ended at ``end_s``; the last ``stretch_bytes`` of its ``bytes``, those that were
+    enqueued at once, were copied from ``copy_start_s`` to ``copy_end_s``.
     """
 
     pass_number: int
     block: str
     bytes: int
+    stretch_bytes: int
     copy_start_s: float
     copy_end_s: float
     wait_s: float
@@ -113,7 +125,8 @@ class Report:
         uses: Blocks entered so far.
         on_demand: Uses whose copies had not been asked for before the block began.
         mispredicted: Uses that came out of turn.
-        rebuilds: Times the plan was made anew for a newly learned order.
+        rebuilds: Times the plan was made anew for a newly learned order or for measured times;
+            ``adopted``: those for measured times.
         errors: Device errors so far.
         h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
         pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
@@ -127,6 +140,7 @@ class Report:
     on_demand: int
     mispredicted: int
     rebuilds: int
+    adopted: int
     errors: int
     h2d_bytes_total: int
     copies: int
@@ -167,13 +181,11 @@ class Report:
     @property
     def h2d_bytes_per_s(self) -> float | None:
         """Rate of the copies while they were under way; ``None`` when nothing is streamed."""
-        timed = [u for p in self._steady() for u in p if u.bytes and u.copy_end_s > u.copy_start_s]
-        # Copies queue behind each other: a copy begins when the one before it has ended.
-        busy, last_end = 0.0, 0.0
-        for use in timed:
-            busy += use.copy_end_s - max(use.copy_start_s, min(last_end, use.copy_end_s))
-            last_end = use.copy_end_s
-        return sum(u.bytes for u in timed) / busy if busy > 0 else None
+        uses = [u for p in self._steady() for u in p]
+        timed = [u for u in uses if u.stretch_bytes and u.copy_end_s > u.copy_start_s]
+        # A stretch begins when what was enqueued before it has ended, and nothing waits within.
+        busy = sum(use.copy_end_s - use.copy_start_s for use in timed)
+        return sum(use.stretch_bytes for use in timed) / busy if busy > 0 else None
 
     @property
     def bound_s(self) -> float | None:
@@ -223,6 +235,9 @@ class Report:
         if self.efficiency is not None and self.bound_s is not None:
             rows.append(("bound", f"{format_seconds(self.bound_s)} ({self.limit} bound)"))
             rows.append(("efficiency", f"{100 * self.efficiency:.1f} % of the bound"))
+        if self.plan.predicted_s is not None and self.plan.ring_bytes:
+            rows.append(("predicted by the plan", format_seconds(self.plan.predicted_s)))
+            rows.append(("plans adopted", f"{self.adopted}"))
         out_of_turn = f"{self.mispredicted} of {self.uses} uses, {self.on_demand} on demand"
         rows.append(("out of turn", out_of_turn))
         pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"

@@ -1,0 +1,105 @@
+//! What an engine makes of what it measured: reads times, keeps the trace, and has better plans
+//! looked for.
+
+use super::command::Command;
+use super::core::Core;
+use super::review::Adapt;
+use super::trace::Record;
+use crate::plan::Profile;
+use crate::units::{index, narrow};
+
+impl Core {
+    /// The profile for the order learned so far and the times measured so far.
+    pub(super) fn best_profile(&self) -> Profile {
+        let order = self.order.best().to_vec();
+        // Before anything was measured, or for another order, the caller's times, if any.
+        let given = self.spec.profile.times.clone();
+        let known = self.tuner.times(order.len()).or(given);
+        let times = known.filter(|_| !self.order.has_learned());
+        Profile { order, times, ..self.spec.profile.clone() }
+    }
+
+    /// Whether [`Core::rebuild`] would find something new.
+    pub(super) fn wants_rebuild(&self) -> bool {
+        self.order.has_learned() || self.proposal.is_some()
+    }
+
+    /// A pass has ended: takes up the outcome of a search for a plan, or starts one.
+    pub(super) fn pass_ended(&mut self) {
+        let adapt = self.spec.options.adapt;
+        if adapt == Adapt::Off || self.plan.streamed_bytes == 0 || !self.is_open() {
+            return;
+        }
+        self.read_all_times();
+        if self.order.has_learned() {
+            self.proposal = None;
+            return;
+        }
+        if let Some(plan) = self.review.take() {
+            self.proposal = Some(plan);
+        }
+    }
+
+    /// Reads the times of uses whose marks the commands are about to move.
+    pub(super) fn read_times(&mut self) {
+        for at in 0..self.commands.len() {
+            if let Command::CopyStart(slot) | Command::Ready { slot, .. } = self.commands[at] {
+                if let Some(number) = self.unread[index(slot.0)] {
+                    self.take_times(number);
+                    self.unread[index(slot.0)] = None;
+                }
+            }
+        }
+    }
+
+    fn take_times(&mut self, number: u64) {
+        let slot = self.schedule.slot_of(number);
+        if self.unread[index(slot.0)] != Some(number) {
+            return;
+        }
+        if let Some(times) = self.device.times(slot) {
+            self.unread[index(slot.0)] = None;
+            let cycle = u64::from(self.plan.program.cycle);
+            let used = &self.plan.program.uses[index(number % cycle)];
+            let bytes = self.plan.program.copies_of(used).iter().map(|copy| copy.bytes).sum();
+            let stretch = self.schedule.stretch(number);
+            let record = Record {
+                number,
+                block: used.block,
+                bytes,
+                stretch_bytes: stretch.iter().map(|copy| copy.bytes).sum(),
+                stretch_copies: narrow(stretch.len()),
+                times,
+            };
+            self.trace.push(record);
+            self.learn(&record);
+        }
+    }
+
+    /// A use was timed: if that completes a pass, a better plan may be looked for.
+    fn learn(&mut self, record: &Record) {
+        if self.spec.options.adapt == Adapt::Off {
+            return;
+        }
+        let Some(pass) = self.assembly.add(record) else { return };
+        let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
+        if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
+            let (profile, budget_bytes) = (self.best_profile(), self.spec.budget_bytes);
+            self.review.start(self.spec.options.adapt, profile, budget_bytes, self.plan.clone());
+        }
+    }
+
+    pub(super) fn read_all_times(&mut self) {
+        let mut numbers: Vec<u64> = self.unread.iter().flatten().copied().collect();
+        numbers.sort_unstable();
+        for number in numbers {
+            self.take_times(number);
+        }
+    }
+
+    /// The timed uses, oldest first, with those whose marks have passed meanwhile.
+    pub(super) fn records(&mut self) -> Vec<Record> {
+        self.read_all_times();
+        self.trace.records().copied().collect()
+    }
+}

@@ -1,0 +1,131 @@
+//! Looks for a better plan beside the model, and judges whether to change to it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+
+use crate::plan::{Plan, Profile, period_s, plan_after};
+use crate::units::{align_up, index, real};
+
+/// Passes over which a change has to pay: how many are left is not known.
+const PASSES: f64 = 8.0;
+/// Bytes per second at which host memory is page-locked.
+const LOCK_BYTES_PER_S: f64 = 2e9;
+
+/// How plans are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Adapt {
+    /// Never.
+    #[default]
+    Off,
+    /// In a thread of their own; adopted between passes.
+    Beside,
+    /// At the end of a pass, in the calling thread: for tests, where time is not to matter.
+    AtOnce,
+}
+
+/// How a search ended.
+#[derive(Debug)]
+enum Outcome {
+    Better(Box<Plan>),
+    Nothing,
+}
+
+/// One search under way, or its outcome.
+#[derive(Debug, Default)]
+pub(super) struct Review {
+    outcome: Arc<Mutex<Option<Outcome>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Review {
+    /// Whether a search is under way, or its outcome was not taken yet.
+    pub(super) fn is_open(&self) -> bool {
+        self.thread.is_some() || self.outcome.lock().is_some()
+    }
+
+    /// Starts a search. `profile` has times; `plan` is in force.
+    pub(super) fn start(&mut self, adapt: Adapt, profile: Profile, budget_bytes: u64, plan: Plan) {
+        let outcome = Arc::clone(&self.outcome);
+        let work = move || {
+            // Pure: a panic leaves nothing behind, and the plan in force stays.
+            let found = catch_unwind(AssertUnwindSafe(|| better(&profile, budget_bytes, &plan)));
+            let found = found.ok().flatten().map(Box::new);
+            *outcome.lock() = Some(found.map_or(Outcome::Nothing, Outcome::Better));
+        };
+        match adapt {
+            Adapt::Off => {}
+            Adapt::AtOnce => work(),
+            // Where the system refuses a thread, the plan in force stays.
+            Adapt::Beside => {
+                let thread = std::thread::Builder::new().name("dgls-plan".into());
+                self.thread = thread.spawn(work).ok();
+            }
+        }
+    }
+
+    /// The plan to change to, if a search has ended with one. Does not block.
+    pub(super) fn take(&mut self) -> Option<Plan> {
+        let outcome = self.outcome.lock().take()?;
+        self.join();
+        match outcome {
+            Outcome::Better(plan) => Some(*plan),
+            Outcome::Nothing => None,
+        }
+    }
+
+    /// Blocks until no search is under way, and forgets its outcome.
+    pub(super) fn stop(&mut self) {
+        self.join();
+        self.outcome.lock().take();
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked outside of its fence.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Review {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// A plan that is worth the change: what it saves in some passes is more than it costs to bring
+/// what newly stays, to page-lock what no longer does, and to fill the ring again.
+fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
+    let link = profile.times.as_ref()?.link;
+    let now_s = period_s(profile, before).ok()?;
+    let after = plan_after(profile, budget_bytes, Some(before)).ok()?;
+    let kept = after.program.in_place(&before.program, profile.tensors.len());
+    let bytes_of = |which: &dyn Fn(usize) -> bool| -> u64 {
+        let tensors = (0..profile.tensors.len()).filter(|&number| which(number));
+        tensors.map(|number| align_up(profile.tensors[number].bytes)).sum()
+    };
+    let brought = bytes_of(&|number| after.resident[number] && !kept[number]);
+    let locked = bytes_of(&|number| before.resident[number] && !after.resident[number]);
+    let most = after
+        .program
+        .uses
+        .iter()
+        .map(|used| after.program.copies_of(used).iter().map(|copy| copy.bytes).sum::<u64>());
+    let fill = most.max().unwrap_or(0);
+    let cost_s = real(brought + fill) / link.bytes_per_s + real(locked) / LOCK_BYTES_PER_S;
+    let saved_s = (now_s - after.period_s?) * PASSES;
+    (saved_s > cost_s).then_some(after)
+}
+
+/// Which resident tensors of `after` need not be brought: they are where `before` has them, and
+/// `loaded` says of which blocks those have arrived.
+pub(super) fn kept(profile: &Profile, before: &Plan, after: &Plan, loaded: &[bool]) -> Vec<bool> {
+    let mut kept = after.program.in_place(&before.program, profile.tensors.len());
+    for (kept, tensor) in kept.iter_mut().zip(&profile.tensors) {
+        *kept &= loaded[index(tensor.block)];
+    }
+    kept
+}
