@@ -19,6 +19,8 @@ from dgls_torch.units import (
     format_seconds,
     parse_budget,
     parse_bytes,
+    parse_rate,
+    parse_seconds,
 )
 
 SCALES = {
@@ -275,3 +277,67 @@ def test_seconds_keep_two_digits_at_any_scale() -> None:
         number, unit = format_seconds(seconds).split(" ")
         assert float(number) * scales[unit] == pytest.approx(seconds, rel=0.0051)
         assert float(number) < 1000
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (25e9, 25e9),
+        (1, 1.0),
+        ("25GB/s", 25e9),
+        ("25 GiB / s", 25 * 2**30),
+        ("12.5gB/s", 12.5e9),
+        ("500m/s", 500 * 2**20),
+        (" 25e9 ", 25e9),
+    ],
+)
+def test_rates_are_read(value: object, expected: float) -> None:
+    assert parse_rate(value, "link") == expected
+
+
+NO_RATES = ["25GB", "25Gb/s", "25 b/s", "", "GB/s", "25GB/h", "-1GB/s", "nan", "0GB/s"]
+
+
+@pytest.mark.parametrize("value", [*NO_RATES, 0, -1.0, math.inf, math.nan, True, 10**400])
+def test_what_is_no_rate_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^link needs "):
+        parse_rate(value, "link")
+
+
+def test_what_is_wrong_with_a_rate_is_said() -> None:
+    with pytest.raises(ValueError, match="found '25Gb/s', which is in bits"):
+        parse_rate("25Gb/s", "link")
+    with pytest.raises(ValueError, match="unknown unit 'XB'"):
+        parse_rate("25XB/s", "link")
+    with pytest.raises(TypeError, match=r"^link needs a rate .* found None of NoneType"):
+        parse_rate(None, "link")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0.0),
+        (0.25, 0.25),
+        (Fraction(1, 4), 0.25),
+        ("10us", 10e-6),
+        ("10 \u00b5s", 10e-6),
+        ("10\u03bcs", 10e-6),
+        ("2.5 MS", 2.5e-3),
+        ("1e3 ns", 1e-6),
+        (" 3 s ", 3.0),
+        ("3", 3.0),
+    ],
+)
+def test_seconds_are_read(value: object, expected: float) -> None:
+    assert parse_seconds(value, "pause") == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [-1, "-1us", math.inf, math.nan, True, 10**400, "", "us", "10 parsecs", "1e999s", "1,5s"],
+)
+def test_what_is_no_time_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"^pause needs a time of at least 0 .* found "):
+        parse_seconds(value, "pause")
+    with pytest.raises(TypeError, match=r"^pause needs a time .* found None of NoneType"):
+        parse_seconds(None, "pause")

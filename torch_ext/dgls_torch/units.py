@@ -31,7 +31,11 @@ _UNITS = {
     "tb": 10**12,
 }
 _KNOWN_UNITS = "B, kB, MB, GB, TB, KiB, MiB, GiB, TiB, k, m, g, t"
-_SIZE = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_TIMES = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
+_NUMBER = r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*"
+_SIZE = re.compile(_NUMBER + r"([A-Za-z]*)\s*")
+_RATE = re.compile(_NUMBER + r"(?:([A-Za-z]+)\s*/\s*s)?\s*")
+_TIME = re.compile(_NUMBER + r"([A-Za-zµμ]*)\s*")
 
 # No traps: what overflows becomes Infinity and is refused by the range check, and a hostile
 # exponent never becomes an integer of that many digits.
@@ -84,6 +88,51 @@ def parse_budget(value: object, what: str, *, least: int = 1) -> int | None:
     return parse_bytes(value, what, least=least)
 
 
+def parse_rate(value: object, what: str) -> float:
+    """Reads a rate of copies in bytes per second, above 0 and finite.
+
+    Args:
+        value: A number of bytes per second, or text: a size as `parse_bytes` takes it, and ``/s``
+            after its unit. The B of a unit is large: a link's ``Gb/s`` are bits.
+        what: The name of the field the value is for; every message starts with it.
+
+    Raises:
+        ValueError: The value is no such rate.
+        TypeError: The value is neither a number nor text.
+    """
+    needed = 'a rate above 0 such as 25e9 or "25GB/s"'
+    if isinstance(value, str):
+        match = _RATE.fullmatch(value)
+        if match is None:
+            raise ValueError(f"{what} needs {needed}, found {_shown(value)}")
+        number, unit = match[1], match[2] or ""
+        if unit.endswith("b"):
+            raise ValueError(f"{what} needs {needed}, found {_shown(value)}, which is in bits")
+        return float(parse_bytes(f"{number}{unit}", what))
+    return _number(value, what, needed, above=0.0)
+
+
+def parse_seconds(value: object, what: str) -> float:
+    """Reads a duration in seconds, at least 0 and finite.
+
+    Args:
+        value: A number of seconds, or text: a number and ``s``, ``ms``, ``us`` or ``ns``.
+        what: The name of the field the value is for; every message starts with it.
+
+    Raises:
+        ValueError: The value is no such duration.
+        TypeError: The value is neither a number nor text.
+    """
+    needed = 'a time of at least 0 such as 0.5, "10us" or "2 ms"'
+    if isinstance(value, str):
+        match = _TIME.fullmatch(value)
+        scale = _TIMES.get(match[2].lower()) if match is not None else None
+        if match is None or scale is None:
+            raise ValueError(f"{what} needs {needed}, found {_shown(value)}")
+        return _number(float(match[1]) * scale, what, needed, found=value)
+    return _number(value, what, needed)
+
+
 def format_bytes(count: float) -> str:
     """Shows a number of bytes in binary units with two decimals, as in ``1.50 GiB``."""
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), 2)
@@ -111,6 +160,23 @@ def format_seconds(seconds: float) -> str:
         if seconds * scale < 999.5:
             return f"{_three_digits(seconds * scale)} {unit}"
     return f"{_three_digits(seconds)} s"
+
+
+def _number(
+    value: object, what: str, needed: str, *, above: float | None = None, found: object = None
+) -> float:
+    """A finite number of at least 0, or more than ``above``."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{what} needs {needed}, found {_shown(value)} of {type(value).__name__}")
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except OverflowError:  # An integer or a fraction larger than any float.
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (above is not None and number <= above):
+        raise ValueError(
+            f"{what} needs {needed}, found {_shown(value if found is None else found)}"
+        )
+    return number
 
 
 def _from_text(text: str, what: str) -> Decimal:
