@@ -11,6 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from dgls_torch.config import StreamConfig
+
 Named = tuple[str, nn.Module]
 
 
@@ -116,7 +118,7 @@ def _unique(blocks: list[Named]) -> list[Named]:
     return list({id(module): (name, module) for name, module in reversed(blocks)}.values())[::-1]
 
 
-def models_of(model: object) -> list[tuple[str, nn.Module]]:
+def models_of(model: object) -> list[Named]:
     """The denoisers of a pipeline by attribute name, or the model itself.
 
     Raises:
@@ -133,6 +135,14 @@ def models_of(model: object) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__}"
         )
     return models
+
+
+def budget_shares(models: list[Named], config: StreamConfig) -> list[StreamConfig]:
+    """The configuration of each of several models; a budget is split by their weights."""
+    shares = [weight_bytes(model) for _, model in models]
+    if config.vram_bytes is None or len(models) == 1:
+        return [config] * len(models)
+    return [config.replace(vram=config.vram_bytes * share // sum(shares)) for share in shares]
 
 
 def compute_device(device: str | None) -> torch.device:

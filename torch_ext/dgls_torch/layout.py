@@ -12,15 +12,61 @@ from dgls_torch.files import SafetensorsSource
 from dgls_torch.memory import auto_vram_bytes
 from dgls_torch.placement import Placement, outside_bytes
 from dgls_torch.units import format_bytes
-from dgls_torch.weights import Weight, block_weights, parameters_of
+from dgls_torch.weights import Weight, block_weights, check_on_host, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from dgls_torch.config import StreamConfig
     from dgls_torch.native import Engine
 
 _ALIGN = 256
+
+
+class Anatomy:
+    """The blocks of a model, their weights, and what is outside of them. Moves nothing.
+
+    Attributes:
+        blocks: The blocks by dotted name, in order of registration.
+        weights: What of each block is moved as bytes.
+        outside: The modules outside of the blocks; ``everything``: all modules.
+        held: ``id`` of the parameters in blocks that stay on the device.
+        outside_bytes: Bytes of all that stays on the device in any case.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StreamConfig,
+        source: SafetensorsSource | None,
+        check: Callable[[str, torch.Tensor], None] = check_on_host,
+    ) -> None:
+        """Finds the blocks; ``check`` is of each weight that is not in ``source``.
+
+        Raises:
+            ValueError: There are no blocks, they overlap, or weights are not where they should be.
+        """
+        blocks = (
+            find_blocks(model) if config.blocks is None else chosen_blocks(model, config.blocks)
+        )
+        self.blocks = [(name, block) for name, block in blocks if not config.excludes(name)]
+        if not self.blocks:
+            raise ValueError("exclude leaves no block to stream")
+        check_disjoint(self.blocks)
+
+        inside = {id(m) for _, block in self.blocks for m in block.modules()}
+        self.everything = list(model.named_modules())
+        self.outside = [(n, m) for n, m in self.everything if id(m) not in inside]
+        kept = {id(p) for _, _, _, p in parameters_of(self.outside)}
+        self.weights: list[list[Weight]] = []
+        self.held: set[int] = set()
+        for name, block in self.blocks:
+            moved, stays = block_weights(name, block, kept, source, check)
+            self.weights.append(moved)
+            self.held |= {id(param) for param in stays}
+        buffers = [module for _, module in self.everything]
+        of_blocks = _bytes_of(self.everything, self.held - kept)
+        self.outside_bytes = outside_bytes(self.outside, buffers) + of_blocks
 
 
 class Layout:
@@ -34,37 +80,19 @@ class Layout:
         """
         self.device = compute_device(None if config.device is None else str(config.device))
         self.source = None if config.source_path is None else SafetensorsSource(config.source_path)
-        blocks = (
-            find_blocks(model) if config.blocks is None else chosen_blocks(model, config.blocks)
-        )
-        blocks = [(name, block) for name, block in blocks if not config.excludes(name)]
-        if not blocks:
-            raise ValueError("exclude leaves no block to stream")
-        check_disjoint(blocks)
-
-        self.names = [name for name, _ in blocks]
-        inside = {id(m) for _, block in blocks for m in block.modules()}
-        outside = [(n, m) for n, m in model.named_modules() if id(m) not in inside]
-        kept = {id(p) for _, _, _, p in parameters_of(outside)}
-        self.weights: list[list[Weight]] = []
-        held: set[int] = set()
-        for name, block in blocks:
-            moved, stays = block_weights(name, block, kept, self.source)
-            self.weights.append(moved)
-            held |= {id(param) for param in stays}
-        self.modules = [_weak(block) for _, block in blocks]
-
-        everything = list(model.named_modules())
-        buffers = [module for _, module in everything]
-        self.outside_bytes = outside_bytes(outside, buffers) + _bytes_of(everything, held - kept)
+        anatomy = Anatomy(model, config, self.source)
+        self.names = [name for name, _ in anatomy.blocks]
+        self.weights = anatomy.weights
+        self.modules = [_weak(block) for _, block in anatomy.blocks]
+        self.outside_bytes = anatomy.outside_bytes
         self.vram_bytes = self.budget(config, None)
         self._check_budget()
 
         self._placement = Placement(self.device, self.source)
         try:
-            self._placement.place_parameters(outside)
-            self._placement.place_parameters(everything, held)
-            self._placement.place_buffers(everything)
+            self._placement.place_parameters(anatomy.outside)
+            self._placement.place_parameters(anatomy.everything, anatomy.held)
+            self._placement.place_buffers(anatomy.everything)
         except BaseException:
             self._placement.restore()
             raise

@@ -58,14 +58,6 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table; neighbours of one size share a row."""
-        rows = [("blocks", "count", "each", "resident", "streamed")]
-        for each, group in groupby(self.blocks, key=lambda b: b.resident_bytes + b.streamed_bytes):
-            same = list(group)
-            last = f" .. {same[-1].name}" if len(same) > 1 else ""
-            resident = _span([block.resident_bytes for block in same])
-            streamed = _span([block.streamed_bytes for block in same])
-            name = f"{same[0].name}{last}"
-            rows.append((name, str(len(same)), format_bytes(each), resident, streamed))
         used = self.outside_bytes + self.arena_bytes
         lines = [
             f"plan for {format_bytes(self.vram_bytes)} on {self.device}: "
@@ -87,7 +79,7 @@ class Plan:
                 f"  a pass should take {format_seconds(self.predicted_s)}, "
                 f"{self.predicted_s / self.predicted_bound_s:.3f} of the bound"
             )
-        return "\n".join([*lines, *_table(rows)])
+        return "\n".join([*lines, *block_table(self.blocks)])
 
 
 @dataclass(frozen=True)
@@ -244,7 +236,7 @@ class Report:
         rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
         if self.errors:
             rows.append(("device errors", f"{self.errors}"))
-        return "\n".join(["measured", *_table(rows)])
+        return "\n".join(["measured", *table(rows)])
 
 
 def _span(sizes: list[int]) -> str:
@@ -253,7 +245,21 @@ def _span(sizes: list[int]) -> str:
     return most if least == most else f"{least} to {most}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def block_table(blocks: Sequence[BlockPlan]) -> list[str]:
+    """The lines of a table of blocks; neighbours of one size share a row."""
+    rows = [("blocks", "count", "each", "resident", "streamed")]
+    for each, group in groupby(blocks, key=lambda b: b.resident_bytes + b.streamed_bytes):
+        same = list(group)
+        last = f" .. {same[-1].name}" if len(same) > 1 else ""
+        resident = _span([block.resident_bytes for block in same])
+        streamed = _span([block.streamed_bytes for block in same])
+        name = f"{same[0].name}{last}"
+        rows.append((name, str(len(same)), format_bytes(each), resident, streamed))
+    return table(rows)
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for people: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *rest in rows:

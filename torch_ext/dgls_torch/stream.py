@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
-from dgls_torch.blocks import models_of
+from dgls_torch.blocks import budget_shares, models_of
 from dgls_torch.config import StreamConfig
 from dgls_torch.layout import Layout
 from dgls_torch.native import Engine
@@ -231,13 +231,9 @@ class StreamGroup:
     def __init__(self, models: list[tuple[str, nn.Module]], config: StreamConfig) -> None:
         """Attaches to each model; if one fails, the ones before it are detached."""
         self.streams: dict[str, Stream] = {}
-        shares = [sum(p.numel() * p.element_size() for p in m.parameters()) for _, m in models]
         try:
-            for (name, model), share in zip(models, shares, strict=True):
-                part = config
-                if config.vram_bytes is not None:
-                    part = config.replace(vram=config.vram_bytes * share // sum(shares))
-                self.streams[name] = Stream(model, part)
+            for (name, model), own in zip(models, budget_shares(models, config), strict=True):
+                self.streams[name] = Stream(model, own)
         except BaseException:
             self.detach()
             raise

@@ -103,8 +103,30 @@ def plain_part(tensor: torch.Tensor) -> Part | None:
     return Part(tensor.dtype, tuple(tensor.shape), tensor.stride(), size, tensor)
 
 
+def check_on_host(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor whose bytes are not in host memory, where they are streamed from.
+
+    Raises:
+        ValueError: It is on meta, or on a device.
+    """
+    if tensor.is_meta:
+        raise ValueError(
+            f"'{name}' is on the meta device and its bytes are in no file; pass "
+            'source="model.safetensors" with a tensor of that name, or load the weights'
+        )
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"'{name}' is on {tensor.device}; the weights of streamed blocks must be on the CPU: "
+            'leave out .to("cuda"), the rest of the model is moved by stream()'
+        )
+
+
 def block_weights(
-    prefix: str, block: nn.Module, kept: set[int], source: SafetensorsSource | None
+    prefix: str,
+    block: nn.Module,
+    kept: set[int],
+    source: SafetensorsSource | None,
+    check: Callable[[str, torch.Tensor], None] = check_on_host,
 ) -> tuple[list[Weight], list[nn.Parameter]]:
     """The parameters of a block that are moved as bytes, and those that must stay on the device.
 
@@ -113,9 +135,10 @@ def block_weights(
         block: The block.
         kept: ``id`` of parameters that are used outside of blocks as well.
         source: Files that hold the weights, if they do not come from the tensors.
+        check: What each tensor that is not in ``source`` has to pass.
 
     Raises:
-        ValueError: A parameter is on a device, or on meta and in no file, or unlike the file's.
+        ValueError: A parameter is unlike the file's, or fails the check.
     """
     named = [(f"{prefix}.{n}" if n else prefix, m) for n, m in block.named_modules()]
     weights: dict[int, Weight] = {}
@@ -126,7 +149,7 @@ def block_weights(
         elif id(param) in kept or id(param) in resident:
             resident[id(param)] = param
         else:
-            weight = _weight(name, owner, key, param, source)
+            weight = _weight(name, owner, key, param, source, check)
             if weight is None:
                 resident[id(param)] = param
             else:
@@ -140,12 +163,13 @@ def _weight(
     key: str,
     param: nn.Parameter,
     source: SafetensorsSource | None,
+    check: Callable[[str, torch.Tensor], None],
 ) -> Weight | None:
     only = _only
     if is_traceable_wrapper_subclass(param):
         inner, rebuild = _inner(param)
         parts = [plain_part(tensor) for tensor in inner]
-        _check_device(name, inner[0] if inner else param)
+        check(name, inner[0] if inner else param)
         if not parts or None in parts:
             return None
         found = [part for part in parts if part is not None]
@@ -153,26 +177,13 @@ def _weight(
     if source is not None and name in source:
         part = file_part(name, param, source)
         return Weight(name, param, [part], [(owner, key)], param.is_meta, only) if part else None
-    _check_device(name, param)
+    check(name, param)
     part = plain_part(param.data)
     return Weight(name, param, [part], [(owner, key)], False, only) if part else None
 
 
 def _only(views: list[torch.Tensor]) -> torch.Tensor:
     return views[0]
-
-
-def _check_device(name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise ValueError(
-            f"'{name}' is on the meta device and its bytes are in no file; pass "
-            'source="model.safetensors" with a tensor of that name, or load the weights'
-        )
-    if tensor.device.type != "cpu":
-        raise ValueError(
-            f"'{name}' is on {tensor.device}; the weights of streamed blocks must be on the CPU: "
-            'leave out .to("cuda"), the rest of the model is moved by stream()'
-        )
 
 
 def file_part(name: str, param: torch.Tensor, source: SafetensorsSource) -> Part | None:
