@@ -12,7 +12,18 @@ from dgls_torch._extension import __version__, load
 load()
 
 from dgls_torch.config import StreamConfig  # noqa: E402
+from dgls_torch.planner import Forecast, plan  # noqa: E402
 from dgls_torch.report import Plan, Report  # noqa: E402
 from dgls_torch.stream import Stream, StreamGroup, stream  # noqa: E402
 
-__all__ = ["Plan", "Report", "Stream", "StreamConfig", "StreamGroup", "__version__", "stream"]
+__all__ = [
+    "Forecast",
+    "Plan",
+    "Report",
+    "Stream",
+    "StreamConfig",
+    "StreamGroup",
+    "__version__",
+    "plan",
+    "stream",
+]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m dgls_torch demo|doctor|bench``."""
+"""The command line: ``python -m dgls_torch demo|plan|doctor|bench``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import import_module
 
 _COMMANDS = {
     "demo": ("dgls_torch.demo.run", "run FLUX- and WAN-shaped transformers under a budget"),
+    "plan": ("dgls_torch.planner.command", "say what a budget would give, of a weight file"),
     "doctor": ("dgls_torch.doctor", "say what this machine can do and what is wrong"),
     "bench": ("dgls_torch.bench", "measure what streaming costs for each block"),
 }
