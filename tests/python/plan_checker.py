@@ -10,6 +10,7 @@ compute, run until passes repeat.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 # A pass repeats after one pass, or after a few that repeat together.
@@ -111,20 +112,22 @@ def check_pieces(asked: Problem, block: int, streamed: int, copies: list[dict[st
         if streamed not in (0, size) or breaks:
             raise IllegalPlan(f"block {block}: {streamed} of {size} bytes, or not in one run")
     elif unit == "tensor":
-        if not tensors_fit(asked.tensors[block], streamed, breaks):
+        if not tensors_fit(tuple(asked.tensors[block]), streamed, frozenset(breaks)):
             raise IllegalPlan(f"block {block}: no tensors make {streamed} bytes cut at {breaks}")
     elif streamed % int(unit) and streamed != size:
         raise IllegalPlan(f"block {block}: {streamed} bytes are no multiple of {unit}")
 
 
-def tensors_fit(tensors: list[int], streamed: int, breaks: set[int]) -> bool:
+@cache
+def tensors_fit(tensors: tuple[int, ...], streamed: int, breaks: frozenset[int]) -> bool:
     """Whether some of the tensors, in order, make up the bytes with no tensor across a break."""
     reached = {0}
     for tensor in tensors:
         reached |= {
             start + tensor
             for start in reached
-            if not any(start < cut < start + tensor for cut in breaks)
+            if start + tensor <= streamed
+            and not any(start < cut < start + tensor for cut in breaks)
         }
     return streamed in reached
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from plan_checker import IllegalPlan, check, problem, tensors_fit
+from plan_exhaustive import best_of_whole_blocks
 from plan_optimum import optimum, whole_block_bound
 
 SIZE = 1000
@@ -132,9 +133,9 @@ def test_tensors_may_lie_apart_where_one_ends() -> None:
     inputs, plan = two_slots()
     split(inputs, plan, 600)
     check(inputs, plan)
-    assert tensors_fit([3, 5, 3], 6, {3})
-    assert not tensors_fit([3, 5, 3], 6, {4})
-    assert not tensors_fit([3, 5, 3], 7, set())
+    assert tensors_fit((3, 5, 3), 6, frozenset({3}))
+    assert not tensors_fit((3, 5, 3), 6, frozenset({4}))
+    assert not tensors_fit((3, 5, 3), 7, frozenset())
 
 
 @pytest.mark.parametrize("blocks", [8, 20, 57])
@@ -155,3 +156,19 @@ def test_whole_blocks_are_no_better_than_parts() -> None:
     assert whole_block_bound(asked) == pytest.approx(5.0)
     assert optimum(asked) == pytest.approx((8 * 3.5 + 4.0) / 7)
     assert whole_block_bound(problem(inputs | {"budget_bytes": 8 * SIZE})) == 4.0
+
+
+def test_all_plans_of_a_few_whole_blocks_are_tried() -> None:
+    inputs, plan = two_slots(0.5)
+    # With two units all take turns in two; with four nothing is streamed.
+    assert best_of_whole_blocks(problem(inputs), SIZE) == pytest.approx(check(inputs, plan))
+    assert best_of_whole_blocks(problem(inputs | {"budget_bytes": 4 * SIZE}), SIZE) == 2.0
+    # With one unit copies and compute take turns.
+    assert best_of_whole_blocks(problem(inputs | {"budget_bytes": SIZE}), SIZE) == pytest.approx(
+        6.0
+    )
+    sizes = [{"bytes": size, "compute_s": 0.5} for size in (3000, 1000, 2000, 1000)]
+    for room in (3000, 4000, 5000, 6000):
+        asked = problem(inputs | {"blocks": sizes, "budget_bytes": room})
+        best = best_of_whole_blocks(asked, SIZE)
+        assert whole_block_bound(asked) <= best * (1 + 1e-6) < 2 * whole_block_bound(asked)

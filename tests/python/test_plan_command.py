@@ -8,6 +8,7 @@ Method: files without data; a process for the ways in, the function itself for t
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -270,10 +271,10 @@ def test_what_is_missing_is_named(small: Path, capsys: Any, tmp_path: Path) -> N
 
 def test_an_unknown_option_is_one_sentence(capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main(["--vrma", "5"])
+        command.main(["--vra", "5"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said == "dgls_torch plan: unrecognized arguments: --vrma; see --help\n"
+    assert said == "dgls_torch plan: unrecognized arguments: --vra; see --help\n"
 
 
 def test_files_that_are_none_are_refused(capsys: Any, tmp_path: Path) -> None:
@@ -322,9 +323,12 @@ def test_inputs_that_are_none_are_refused(capsys: Any, tmp_path: Path, monkeypat
 
 
 def test_it_runs_as_a_command(small: Path) -> None:
+    # torch then appends its C++ stack to what an op refuses.
+    environment = {**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1"}
+
     def started(*arguments: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "dgls_torch", *map(str, arguments)]
-        return subprocess.run(line, capture_output=True, text=True, check=False)
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
 
     done = started("plan", small, "--vram", "300k", *LINK, "--tflops", 0.2)
     assert (done.returncode, done.stderr) == (0, "")
@@ -332,6 +336,8 @@ def test_it_runs_as_a_command(small: Path) -> None:
     done = started("plan", small, "--vram", "1k", *LINK)
     assert (done.returncode, done.stdout) == (1, "")
     done = started("plan", small, "--vram", "x", *LINK)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    done = started("plan", small, "--vram", "300k", *LINK, "--resident", "11")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     done = started("plan", "--help")
     assert done.returncode == 0

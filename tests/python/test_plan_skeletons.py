@@ -81,6 +81,11 @@ def test_names_of_every_kind_are_found(tmp_path: Path) -> None:
     }
     assert names(odd, tmp_path) == [f"forward.{k}" for k in range(3)]
     assert names({f"{k}.w": (64, 64) for k in range(3)}, tmp_path) == ["0", "1", "2"]
+    # Numbers at the end alone make no row of blocks.
+    with pytest.raises(ValueError, match="no repeated blocks"):
+        names({f"{letter}1.w": (64, 64) for letter in "abcdefgh"}, tmp_path)
+    with pytest.raises(ValueError, match="no repeated blocks"):
+        names({f"stages.{key}.w": (64, 64) for key in ("0", "1", "2", "norm")}, tmp_path)
     deep = {f"blocks.{k}" + ".x" * 100: (64, 64) for k in range(3)}
     with pytest.raises(ValueError, match=r"^model\.safetensors needs names of at most 64 parts"):
         names(deep, tmp_path)
