@@ -149,7 +149,8 @@ def test_what_is_not_given_is_measured_or_unknown() -> None:
     assert "no compute time is known" in str(measured)
     told = dgls_torch.plan(model, vram, device="cpu", copy_bytes_per_s=5e8)
     assert told.inputs["h2d_bytes_per_s"] == 5e8
-    fits = dgls_torch.plan(model, device="cpu", h2d_bytes_per_s=1e9)
+    fits = dgls_torch.plan(model, device="cpu", h2d_bytes_per_s=1e9, compute_s=1.0)
+    assert fits.batched_s is fits.automatic_s is None
     assert fits.solution.limit == "fits"
     assert "everything fits" in str(fits)
 

@@ -75,6 +75,11 @@ def test_no_plan_belies_the_budget_that_is_named(planner: Any) -> None:
     known = [Point(budget, solution(planner["period"](budget))) for budget in (20_000, 30_500)]
     assert 30_000 <= stall_free_budget(inputs(), SIZE, known) <= 30_500
     assert stall_free_budget(inputs(), SIZE, known[:1]) > 31_000
+    # What is known to stall is not asked about again.
+    known.append(Point(30_499, solution(20.0)))
+    planner["asked"].clear()
+    assert stall_free_budget(inputs(), SIZE, known) == 30_500
+    assert planner["asked"] == [SIZE]
 
 
 def test_the_curve_reaches_from_the_least_to_all(planner: Any) -> None:
