@@ -11,6 +11,8 @@ whose bound holds for every plan that decides once for each block.
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +30,25 @@ def optimum(asked: Problem) -> float:
 
 def whole_block_bound(asked: Problem, seconds: float = 1.0) -> float:
     """Seconds that no plan with whole blocks beats; exact when the solver ends in time."""
-    return _solve(asked, whole=True, seconds=seconds)
+    solved = _solve(asked, whole=True, seconds=seconds)
+    return max(optimum(asked), solved, fewest_bytes(asked) / asked.rate)
+
+
+def fewest_bytes(asked: Problem) -> int:
+    """The fewest bytes that whole blocks must stream: the largest of them has to fit as well.
+
+    The solver needs long to see this when all blocks are alike.
+    """
+    if asked.whole <= asked.budget:
+        return 0
+    kinds = Counter(asked.sizes)
+    fewest = asked.whole
+    for counts in product(*(range(count + 1) for count in kinds.values())):
+        streamed = sum(size * count for size, count in zip(kinds, counts, strict=True))
+        largest = max((s for s, count in zip(kinds, counts, strict=True) if count), default=0)
+        if asked.whole - streamed + largest <= asked.budget:
+            fewest = min(fewest, streamed)
+    return fewest
 
 
 def _solve(asked: Problem, *, whole: bool, seconds: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from plan_checker import IllegalPlan, check, problem, tensors_fit
 from plan_exhaustive import best_of_whole_blocks
-from plan_optimum import optimum, whole_block_bound
+from plan_optimum import fewest_bytes, optimum, whole_block_bound
 
 SIZE = 1000
 
@@ -154,6 +154,8 @@ def test_whole_blocks_are_no_better_than_parts() -> None:
     asked = problem(inputs | {"budget_bytes": int(4.5 * SIZE)})
     # Beside the one that is being copied three can stay at most, so five are copied.
     assert whole_block_bound(asked) == pytest.approx(5.0)
+    assert fewest_bytes(asked) == 5 * SIZE
+    assert fewest_bytes(problem(inputs | {"budget_bytes": 8 * SIZE})) == 0
     assert optimum(asked) == pytest.approx((8 * 3.5 + 4.0) / 7)
     assert whole_block_bound(problem(inputs | {"budget_bytes": 8 * SIZE})) == 4.0
 

@@ -92,6 +92,8 @@ def test_advice_is_given_where_it_holds(model: Path, capsys: Any) -> None:
     copies = advice("--vram", "8GiB", "--tflops", 1000)
     assert "copy bound: more memory or a faster link" in copies
     assert "batch the CFG passes" in copies
+    balance = advice("--vram", "6.3GiB", "--tflops", 150, "--tokens", 4608)
+    assert "near balance: a little more memory would hide the rest" in balance
     compute = advice("--vram", "12GiB", "--tflops", 50)
     assert "compute bound: a faster link or more memory would gain nothing" in compute
     assert "batch" not in compute
@@ -163,6 +165,7 @@ def test_residents_prefetch_and_the_optimum(small: Path, capsys: Any) -> None:
     assert not any(none["resident_bytes"])
     shown = good(capsys, *asked, "--resident", "", "--prefetch", 0)
     assert "left to itself, the planner would take" in shown
+    assert "copy bound: a faster link or more residents shorten the pass" in shown
     # Streamed by order, they are so in any budget, and no budget hides that.
     assert "no stall" not in shown
     assert "over all policies" in good(capsys, *asked, "--verify", "--no-curve")

@@ -121,9 +121,11 @@ class Forecast:
             return advice
         if self.solution.limit != "copy":
             return [*advice, "  compute bound: a faster link or more memory would gain nothing"]
-        if self.bound_s > self.compute_s:
+        if self.automatic_s is not None:
+            advice.append("  copy bound: a faster link or more residents shorten the pass")
+        elif self.bound_s > self.compute_s:
             advice.append("  copy bound: more memory or a faster link shortens the pass")
-        elif self.automatic_s is None:
+        else:
             advice.append("  near balance: a little more memory would hide the rest of the copies")
         batched_s, apart_s = self.batched_s, 2 * self.period_s
         if batched_s is not None and batched_s < _WORTH * apart_s:
