@@ -83,6 +83,13 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Driver`] or [`crate::Error::Read`], at once or from a later call.
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()>;
 
+    /// Copy stream: enqueues a copy within device memory; the ranges do not overlap.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()>;
+
     /// Copy stream: enqueues a fill with `value`; used to poison freed bytes.
     ///
     /// # Errors

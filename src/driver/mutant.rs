@@ -37,6 +37,10 @@ impl Device for Mutant {
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
         self.inner.copy(source, target, bytes)
     }
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
+        self.inner.copy_within(from, to, bytes)
+    }
+
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         self.inner.fill(target, bytes, value)
     }

@@ -117,6 +117,13 @@ impl SimDevice {
         state.rewritten.entry(address).or_insert((address + bytes, 0)).1 += 1;
     }
 
+    /// Copies that are enqueued from now on take another time.
+    pub fn set_link(&self, ns_per_kib: u64, latency_ns: u64) {
+        let mut state = self.state.lock();
+        state.options.ns_per_kib = ns_per_kib;
+        state.options.latency_ns = latency_ns;
+    }
+
     /// Another arena: copies may go there from now on.
     pub fn add_arena(&self, address: u64, bytes: u64) {
         self.state.lock().arenas.push((address, bytes));
@@ -212,6 +219,19 @@ impl Device for SimDevice {
         let (start, end) = state.write(target, bytes, Some(origin));
         let chunk = Read { address, bytes, start, end };
         state.host_memory.note_read(chunk);
+        Ok(())
+    }
+
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
+        let mut state = self.state.lock();
+        let Some(parts) = state.memory.parts(from, bytes) else {
+            state.violations.push(format!("{bytes} bytes at {from} are moved, and never arrived"));
+            return Ok(());
+        };
+        for (address, bytes, origin) in parts {
+            let (start, end) = state.write(to + (address - from), bytes, origin);
+            state.memory.note_read(Read { address, bytes, start, end });
+        }
         Ok(())
     }
 

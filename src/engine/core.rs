@@ -6,7 +6,7 @@ use super::command::Command;
 use super::executor::{CopySide, Executor, Moved};
 use super::feed::{lock_streamed, staging_for, weights_of};
 use super::order::Order;
-use super::review::{Review, kept};
+use super::review::{Review, transition};
 use super::schedule::Schedule;
 use super::trace::{Counters, Trace};
 use super::tuner::{Assembly, Tuner};
@@ -14,7 +14,7 @@ use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, plan_after};
-use crate::pool::{Arena, Pins, Staging};
+use crate::pool::{Arena, Move, Pins, Staging, copies};
 use crate::units::index;
 
 /// Whether the engine takes calls.
@@ -285,13 +285,11 @@ impl Core {
         let device = Arc::clone(&self.device);
         let staging = self.executor.take_staging();
         let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
-        let kept = if arrived {
-            kept(&spec.profile, &self.plan, &plan, self.schedule.loaded())
-        } else {
-            Vec::new()
-        };
-        let before = Before { pins: Some(pins), staging, kept };
-        match Self::new(Arc::clone(&device), spec, plan, arena, before) {
+        let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
+        let transition = transition(&spec.profile, &self.plan, &plan, &loaded);
+        let moved = self.move_residents(&transition.moves);
+        let before = Before { pins: Some(pins), staging, kept: transition.kept };
+        match moved.and_then(|()| Self::new(Arc::clone(&device), spec, plan, arena, before)) {
             Ok(next) => {
                 self.order.take();
                 self.counters.rebuilds += 1;
@@ -309,6 +307,18 @@ impl Core {
                 Err(error)
             }
         }
+    }
+
+    /// Residents go to their new places. Nothing else runs; blocks until they are there, since a
+    /// block that streams nothing waits for no copy.
+    fn move_residents(&self, moves: &[Move]) -> Result<()> {
+        for part in moves.iter().filter_map(|&one| copies(one)).flatten() {
+            let (from, to) =
+                (self.arena.at(part.from, part.bytes), self.arena.at(part.to, part.bytes));
+            self.device.copy_within(from, to, part.bytes)?;
+        }
+        self.device.flush();
+        if moves.is_empty() { Ok(()) } else { self.device.quiesce(None) }
     }
 
     /// Goes on as `next`, which has just been made; what was counted and learned stays.

@@ -7,12 +7,11 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use crate::plan::{Plan, Profile, period_s, plan_after};
-use crate::units::{align_up, index, real};
+use crate::pool::{Move, copies, in_order};
+use crate::units::{align_up, index, narrow, real};
 
 /// Passes over which a change has to pay: how many are left is not known.
 const PASSES: f64 = 8.0;
-/// Bytes per second at which host memory is page-locked.
-const LOCK_BYTES_PER_S: f64 = 2e9;
 
 /// How plans are looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,35 +96,56 @@ impl Drop for Review {
 }
 
 /// A plan that is worth the change: what it saves in some passes is more than it costs to bring
-/// what newly stays, to page-lock what no longer does, and to fill the ring again.
+/// what newly stays and to fill the ring again.
 fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
     let after = plan_after(profile, budget_bytes, Some(before)).ok()?;
-    let kept = after.program.in_place(&before.program, profile.tensors.len());
-    let bytes_of = |which: &dyn Fn(usize) -> bool| -> u64 {
-        let tensors = (0..profile.tensors.len()).filter(|&number| which(number));
-        tensors.map(|number| align_up(profile.tensors[number].bytes)).sum()
-    };
-    let brought = bytes_of(&|number| after.resident[number] && !kept[number]);
-    let locked = bytes_of(&|number| before.resident[number] && !after.resident[number]);
+    let kept = transition(profile, before, &after, &|_| true).kept;
+    let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);
+    let brought: u64 = new.map(|number| align_up(profile.tensors[number].bytes)).sum();
     let most = after
         .program
         .uses
         .iter()
         .map(|used| after.program.copies_of(used).iter().map(|copy| copy.bytes).sum::<u64>());
     let fill = most.max().unwrap_or(0);
-    let cost_s = real(brought + fill) / link.bytes_per_s + real(locked) / LOCK_BYTES_PER_S;
+    let cost_s = real(brought + fill) / link.bytes_per_s;
     let saved_s = (now_s - after.period_s?) * PASSES;
     (saved_s > cost_s).then_some(after)
 }
 
-/// Which resident tensors of `after` need not be brought: they are where `before` has them, and
-/// `loaded` says of which blocks those have arrived.
-pub(super) fn kept(profile: &Profile, before: &Plan, after: &Plan, loaded: &[bool]) -> Vec<bool> {
-    let mut kept = after.program.in_place(&before.program, profile.tensors.len());
-    for (kept, tensor) in kept.iter_mut().zip(&profile.tensors) {
-        *kept &= loaded[index(tensor.block)];
+/// How residents get from one plan's places to another's, within one arena.
+#[derive(Debug, Default)]
+pub(super) struct Transition {
+    /// For each tensor, whether it is at its new place already or will be after `moves`.
+    pub(super) kept: Vec<bool>,
+    /// In an order in which none overwrites what has yet to be moved.
+    pub(super) moves: Vec<Move>,
+}
+
+/// The residents of `before` that `after` keeps; `loaded` says of which blocks they have arrived.
+pub(super) fn transition(
+    profile: &Profile,
+    before: &Plan,
+    after: &Plan,
+    loaded: &dyn Fn(u32) -> bool,
+) -> Transition {
+    let tensors = profile.tensors.len();
+    let (old, new) = (before.program.homes(tensors), after.program.homes(tensors));
+    let mut kept = vec![false; tensors];
+    let mut wanted = Vec::new();
+    for (number, tensor) in profile.tensors.iter().enumerate() {
+        if let (Some(from), Some(to), true) = (old[number], new[number], loaded(tensor.block)) {
+            kept[number] = true;
+            wanted.push(Move { tensor: narrow(number), from, to, bytes: tensor.bytes });
+        }
     }
-    kept
+    let (mut moves, dropped) = in_order(wanted);
+    let far = |one: &Move| copies(*one).is_some();
+    for one in dropped.iter().chain(moves.iter().filter(|one| !far(one))) {
+        kept[index(one.tensor)] = false;
+    }
+    moves.retain(far);
+    Transition { kept, moves }
 }

@@ -146,17 +146,13 @@ impl Program {
         self.uses.push(Use { block, copies, offsets });
     }
 
-    /// Of the residents, those that lie in the arena already, by tensor.
-    pub(crate) fn in_place(&self, before: &Self, tensors: usize) -> Vec<bool> {
-        let mut places = vec![None; tensors];
-        let mut found = vec![false; tensors];
-        for load in before.loads.iter().flatten() {
-            places[index(load.tensor)] = Some(load.target_offset);
-        }
+    /// The place of each resident tensor.
+    pub(crate) fn homes(&self, tensors: usize) -> Vec<Option<u64>> {
+        let mut homes = vec![None; tensors];
         for load in self.loads.iter().flatten() {
-            found[index(load.tensor)] = places[index(load.tensor)] == Some(load.target_offset);
+            homes[index(load.tensor)] = Some(load.target_offset);
         }
-        found
+        homes
     }
 }
 

@@ -11,6 +11,7 @@ use crate::units::{count, index, narrow, real, whole};
 /// Sizes of the ring that are tried, in such blocks.
 const RINGS: [f64; 16] =
     [1.0, 1.12, 1.25, 1.4, 1.5, 1.65, 1.8, 2.0, 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0, 7.0];
+const FEW_TURNS: [u32; 6] = [2, 3, 4, 6, 8, 12];
 /// Tensors never add up to just the budget: shares of the missing bytes to stream beyond them.
 const EXCESS: [f64; 8] = [0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16];
 const FINE_EXCESS: [f64; 10] =
@@ -19,6 +20,9 @@ const FINE_EXCESS: [f64; 10] =
 const PHASES: [f64; 8] = [0.0, 0.12, 0.25, 0.4, 0.5, -0.12, -0.25, -0.4];
 /// Members whose neighbours are tried.
 const REFINED: usize = 3;
+/// Blocks with so few splits are searched one by one, in so many rounds.
+const COARSE: u64 = 4;
+const ROUNDS: usize = 4;
 /// Uses up to which the linear program is solved: 3 ms for 60, 130 ms for 400.
 const MOST_FOR_LP: usize = 100;
 /// Uses up to which every number of turns is tried, and cycles of several passes.
@@ -98,6 +102,10 @@ impl<'a> Search<'a> {
         if uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
             self.round_optimum();
         }
+        let coarse = problem.kinds.iter().all(|kind| kind.count() <= COARSE);
+        if coarse && uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
+            self.climb();
+        }
         // Small budgets: everything is streamed, through all the memory there is.
         let all: Vec<u64> = (0..problem.bytes.len()).map(|b| problem.splits(b).last()).collect();
         self.every_ring(&all, 1);
@@ -174,6 +182,45 @@ impl<'a> Search<'a> {
                 }
             }
         }
+    }
+
+    /// Where blocks can hardly be split, sums of what is wanted say little of single blocks: from
+    /// the fastest plan, and from none at all, blocks change their split for as long as that helps.
+    fn climb(&mut self) {
+        let problem = self.problem();
+        let blocks = problem.bytes.len();
+        let starts =
+            [self.trial.fastest(), (0..blocks).map(|b| problem.splits(b).last()).collect()];
+        for mut splits in starts {
+            let mut best_s = self.every_turn(&splits).unwrap_or(f64::INFINITY);
+            for _ in 0..ROUNDS {
+                let before_s = best_s;
+                for block in 0..blocks {
+                    for split in 0..problem.splits(block).count() {
+                        let kept = std::mem::replace(&mut splits[block], split);
+                        match self.every_turn(&splits).filter(|_| split != kept) {
+                            Some(period_s) if period_s < best_s => best_s = period_s,
+                            _ => splits[block] = kept,
+                        }
+                    }
+                }
+                if best_s >= before_s {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The shortest period of a residency, through rings of one to four of its uses.
+    fn every_turn(&mut self, splits: &[u64]) -> Option<f64> {
+        let streamed = self.problem().uses.iter().filter(|slot| splits[slot.block] > 0).count();
+        let mut best: Option<f64> = None;
+        for ring in [1.0, 1.5, 2.0, 3.0, 4.0] {
+            let turns = u32::try_from(whole((count(streamed) / ring).ceil())).unwrap_or(u32::MAX);
+            let period_s = self.trial.consider(splits.to_vec(), turns.max(1), 1);
+            best = [best, period_s].into_iter().flatten().reduce(f64::min);
+        }
+        best
     }
 
     /// The smallest block that runs an odd number of times: without it the rest take turns evenly.
@@ -258,12 +305,13 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Numbers of turns of a pass of many uses.
+/// Numbers of turns of a pass of many uses: for rings of a few blocks, and for passes in which only
+/// a few blocks are streamed, whole.
 fn turns_of(uses: usize) -> Vec<u32> {
-    let mut turns: Vec<u32> = RINGS
-        .iter()
-        .map(|ring| u32::try_from(whole((count(uses) / ring).round())).unwrap_or(u32::MAX).max(2))
-        .collect();
+    let ring = |ring: &f64| u32::try_from(whole((count(uses) / ring).round())).unwrap_or(u32::MAX);
+    let mut turns: Vec<u32> = RINGS.iter().map(ring).chain(FEW_TURNS).collect();
+    turns.sort_unstable_by_key(|&turns| std::cmp::Reverse(turns));
     turns.dedup();
+    turns.retain(|&turns| turns >= 2);
     turns
 }

@@ -73,6 +73,13 @@ impl<'a> Trial<'a> {
         }
     }
 
+    /// The residency of the fastest candidate so far; nothing streamed if there is none.
+    pub(super) fn fastest(&self) -> Vec<u64> {
+        let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
+        let fastest = self.pool.iter().min_by(by_time);
+        fastest.map_or_else(|| vec![0; self.problem.bytes.len()], |found| found.splits.clone())
+    }
+
     /// Bytes that the residents leave for the ring.
     pub(super) fn room(&self, splits: &[u64]) -> Option<u64> {
         let moved: u64 = (0..splits.len()).map(|b| streamed(self.problem, splits, b)).sum();

@@ -66,6 +66,9 @@ impl Device for Idle {
         self.copies.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
+    fn copy_within(&self, _from: u64, _to: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
     fn fill(&self, _target: u64, _bytes: u64, _value: u8) -> Result<()> {
         Ok(())
     }

@@ -61,6 +61,10 @@ impl Device for Flaky {
         self.attempt("copy")?;
         self.inner.copy(source, target, bytes)
     }
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
+        self.attempt("copy_within")?;
+        self.inner.copy_within(from, to, bytes)
+    }
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         self.attempt("fill")?;
         self.inner.fill(target, bytes, value)

@@ -1,5 +1,6 @@
 //! The integration tests, as one binary.
 
+mod adaptation;
 mod allocation;
 mod cuda_fake;
 mod cuda_faults;

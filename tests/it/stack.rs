@@ -54,7 +54,7 @@ impl Stack {
         Self::new(Profile { tensors, order: (0..blocks).collect(), ..Profile::default() })
     }
 
-    fn new(profile: Profile) -> Self {
+    pub(crate) fn new(profile: Profile) -> Self {
         let mut next = HOST;
         let mut addresses = Vec::new();
         let mut tensors = vec![Vec::new(); profile.blocks()];

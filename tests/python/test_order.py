@@ -43,8 +43,9 @@ def test_a_fixed_order_is_learned_in_one_pass(order: list[int]) -> None:
                 assert same(model(x, order), expected)
             report = s.report()
         assert report.mispredicted == learned.mispredicted
-        assert report.on_demand == learned.on_demand
-        assert report.rebuilds == (0 if order in ([], list(range(6))) else 1)
+        # The first use after a plan was adopted is fetched when it comes.
+        assert report.on_demand - learned.on_demand <= report.adopted - learned.adopted
+        assert report.rebuilds - report.adopted == (0 if order in ([], list(range(6))) else 1)
         assert report.passes == 6
         assert report.uses == 6 * len(order)
         used = list(dict.fromkeys([*order, *range(6)]))

@@ -62,10 +62,10 @@ def named(cases: list[tuple[str, dict[str, Any]]]) -> Any:
 def missed(seeds: range, misses: set[int]) -> Any:
     """Seeds, of which some miss the goal today.
 
-    FIXME: with whole blocks of unlike sizes the planner streams all of them where a few would do,
-    above all when nearly everything fits; these miss 5 % by 0.1 % up to a factor of three.
+    FIXME: the planner lays blocks in turns or on two sides, and a few whole blocks of unlike sizes
+    may lie better elsewhere; these miss 5 % by 0.2 to 10 %.
     """
-    mark = pytest.mark.xfail(strict=False, reason="whole blocks of unlike sizes: not near yet")
+    mark = pytest.mark.xfail(reason="whole blocks of unlike sizes: not near yet")
     cases = [pytest.param(seed, marks=[mark] if seed in misses else []) for seed in seeds]
     return pytest.mark.parametrize("seed", cases)
 
@@ -101,13 +101,13 @@ def test_made_up_models_come_near_the_optimum(seed: int) -> None:
     assert plan["period_s"] <= PARTS * optimum(asked)
 
 
-@missed(range(40), {3, 5, 10, 12, 13, 17, 21, 23, 26, 38, 39})
+@missed(range(40), {12})
 def test_whole_blocks_of_made_up_models_come_near_what_they_allow(seed: int) -> None:
     asked, plan = checked(made_up(seed, 24, 48, room=2), granularity="block")
     assert plan["period_s"] <= WHOLE * whole_block_bound(asked)
 
 
-@missed(range(40), {9, 10, 12, 14, 22, 25, 29, 31, 35, 37})
+@missed(range(40), {9, 12, 14, 29, 35, 37})
 def test_whole_blocks_come_near_the_best_of_all_places(seed: int) -> None:
     asked, plan = checked(few(seed))
     assert plan["period_s"] <= WHOLE * best_of_whole_blocks(asked, MIB)
@@ -134,16 +134,10 @@ def test_there_is_a_plan_exactly_when_the_largest_block_fits(seed: int) -> None:
         checked(inputs, budget_bytes=max(sizes), granularity=granularity)
 
 
-# FIXME: one step of 0.7 GB makes whole blocks of FLUX 1.4 % slower.
-UNEVEN = pytest.param(
-    "flux-1024", "block", marks=pytest.mark.xfail(strict=False, reason="not monotone yet")
-)
-
-
 @pytest.mark.parametrize(
     ("name", "granularity"),
-    [UNEVEN, ("flux-1024", "tensor"), ("flux-1024", MIB)]
-    + [(name, unit) for name in ("wan-480p-1", "qwen-1328") for unit in ("tensor", "block")],
+    [("flux-1024", MIB)]
+    + [(n, unit) for n in ("flux-1024", "wan-480p-1", "qwen-1328") for unit in ("tensor", "block")],
 )
 def test_more_memory_and_a_faster_link_are_no_slower(name: str, granularity: str | int) -> None:
     for field, values in (

@@ -156,6 +156,14 @@ impl Device for CudaDevice {
         self.primary.api.check("cuMemcpyHtoDAsync", code)
     }
 
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        let copy = self.primary.api.cuMemcpyDtoDAsync_v2;
+        // SAFETY: the engine checked both ranges against the arena, and that they are apart.
+        let code = unsafe { copy(to, from, index(bytes), self.copy_stream.raw) };
+        self.primary.api.check("cuMemcpyDtoDAsync", code)
+    }
+
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         let _bound = self.primary.bind()?;
         // SAFETY: the engine checked `target` against the arena.

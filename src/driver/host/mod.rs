@@ -78,6 +78,10 @@ impl Device for HostDevice {
         Ok(())
     }
 
+    fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
+        self.copy(Source::Memory { address: from }, to, bytes)
+    }
+
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         self.shared.push(Op::Fill { target, bytes, value });
         Ok(())

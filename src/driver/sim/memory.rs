@@ -112,6 +112,25 @@ impl Memory {
     }
 }
 
+impl Memory {
+    /// The parts of a range that were written together: where each begins, its size and source;
+    /// `None` where a byte was never written.
+    pub(super) fn parts(&self, address: u64, bytes: u64) -> Option<Vec<(u64, u64, Option<u64>)>> {
+        let mut parts = Vec::new();
+        let mut next = address;
+        while next < address + bytes {
+            let (&start, written) = self.written.range(..=next).next_back()?;
+            let end = written.end_address.min(address + bytes);
+            if end <= next {
+                return None;
+            }
+            parts.push((next, end - next, written.source.map(|source| source + (next - start))));
+            next = end;
+        }
+        Some(parts)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
