@@ -216,7 +216,8 @@ fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
         let timing = spec.trace_uses > 0 || spec.adapt;
         Arc::new(CudaDevice::new(CudaOptions { ordinal: spec.device, files, timing })?)
     };
-    let dropped = Dropped { ready: spec.faults & 1 != 0, done: spec.faults & 2 != 0, chunk: false };
+    let (ready, done) = (spec.faults & 1 != 0, spec.faults & 2 != 0);
+    let dropped = Dropped { ready, done, ..Dropped::default() };
     if dropped == Dropped::default() {
         Ok(device)
     } else {

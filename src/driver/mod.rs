@@ -49,6 +49,25 @@ impl Source {
     }
 }
 
+/// One copy to the device, among others of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct H2d {
+    /// Where the bytes come from.
+    pub source: Source,
+    /// First byte on the device.
+    pub target: u64,
+    /// Size.
+    pub bytes: u64,
+}
+
+impl H2d {
+    /// Whether `next` begins where this one ends, in the source and on the device.
+    #[must_use]
+    pub fn meets(&self, next: &Self) -> bool {
+        self.source.advanced(self.bytes) == next.source && self.target + self.bytes == next.target
+    }
+}
+
 /// When the marks of one use were passed, in nanoseconds since the device was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct UseTimes {
@@ -89,6 +108,21 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     ///
     /// [`crate::Error::Driver`].
     fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()>;
+
+    /// Copy stream: enqueues several copies, after all that came before and ahead of all that comes
+    /// later. Among themselves they have no order: none may write what another one reads or writes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::copy`]; some of the copies may have been enqueued.
+    fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
+        copies.iter().try_for_each(|copy| self.copy(copy.source, copy.target, copy.bytes))
+    }
+
+    /// Whether one copy may read all of `bytes` bytes of `source`, which `copy` takes in parts.
+    fn takes_as_one(&self, _source: Source, _bytes: u64) -> bool {
+        true
+    }
 
     /// Copy stream: enqueues a fill with `value`; used to poison freed bytes.
     ///

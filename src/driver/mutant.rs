@@ -1,8 +1,9 @@
-//! Any device with a wait taken out. Test only: shows that the tests would notice.
+//! Any device with a wait taken out, or batches gone wrong. Test only: shows that the tests would
+//! notice.
 
 use std::sync::Arc;
 
-use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::Result;
 
 /// Which wait does nothing.
@@ -16,17 +17,36 @@ pub struct Dropped {
     pub chunk: bool,
 }
 
+/// What becomes of the batches of copies.
+#[derive(Debug, Clone, Default)]
+pub enum Batches {
+    /// What should.
+    #[default]
+    Right,
+    /// The first copy of each is left out.
+    Short,
+    /// They go to the copy stream of another device, which no one waits for.
+    Astray(Arc<dyn Device>),
+}
+
 /// Passes every call on but the dropped waits.
 #[derive(Debug)]
 pub struct Mutant {
     inner: Arc<dyn Device>,
     dropped: Dropped,
+    batches: Batches,
 }
 
 impl Mutant {
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn Device>, dropped: Dropped) -> Self {
-        Self { inner, dropped }
+        Self { inner, dropped, batches: Batches::Right }
+    }
+
+    /// Does this to batches.
+    #[must_use]
+    pub fn with_batches(self, batches: Batches) -> Self {
+        Self { batches, ..self }
     }
 }
 
@@ -40,7 +60,16 @@ impl Device for Mutant {
     fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
         self.inner.copy_within(from, to, bytes)
     }
-
+    fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
+        match &self.batches {
+            Batches::Right => self.inner.copy_batch(copies),
+            Batches::Short => self.inner.copy_batch(&copies[1..]),
+            Batches::Astray(other) => other.copy_batch(copies),
+        }
+    }
+    fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
+        self.inner.takes_as_one(source, bytes)
+    }
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         self.inner.fill(target, bytes, value)
     }

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use parking_lot::Mutex;
 
 use self::memory::{Memory, Read};
-use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
 
@@ -233,6 +233,25 @@ impl Device for SimDevice {
             state.memory.note_read(Read { address, bytes, start, end });
         }
         Ok(())
+    }
+
+    fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
+        let mut targets: Vec<_> = copies.iter().map(|copy| (copy.target, copy.bytes)).collect();
+        targets.sort_unstable();
+        let meet = |pair: &&[(u64, u64)]| pair[1].0 < pair[0].0 + pair[0].1;
+        if let Some(pair) = targets.windows(2).find(meet) {
+            let found = format!("copies of one batch, which has no order, overlap: {pair:?}");
+            self.state.lock().violations.push(found);
+        }
+        copies.iter().rev().try_for_each(|copy| self.copy(copy.source, copy.target, copy.bytes))
+    }
+
+    fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
+        // A range is known by its first byte, so that what was written again is copied alone.
+        let state = self.state.lock();
+        let Source::Memory { address } = source else { return false };
+        let last = state.rewritten.range(..address + bytes).next_back();
+        last.is_none_or(|(_, &(end, _))| end <= address)
     }
 
     fn fill(&self, target: u64, bytes: u64, _value: u8) -> Result<()> {

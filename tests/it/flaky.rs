@@ -1,11 +1,11 @@
-//! Any device of which some calls fail, once each, without having done anything, and whose reads
-//! can be held back.
+//! Any device of which some calls fail, once each, without having done anything but the copies of a
+//! batch before the one that fails, and whose reads can be held back.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use dgls_core::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use dgls_core::driver::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use dgls_core::{Error, Result};
 use parking_lot::{Condvar, Mutex};
 
@@ -64,6 +64,19 @@ impl Device for Flaky {
     fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
         self.attempt("copy_within")?;
         self.inner.copy_within(from, to, bytes)
+    }
+    fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
+        let mut before = 0;
+        let attempted = copies.iter().try_for_each(|_| {
+            self.attempt("copy_batch")?;
+            before += 1;
+            Ok(())
+        });
+        self.inner.copy_batch(&copies[..before])?;
+        attempted
+    }
+    fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
+        self.inner.takes_as_one(source, bytes)
     }
     fn fill(&self, target: u64, bytes: u64, value: u8) -> Result<()> {
         self.attempt("fill")?;
