@@ -36,6 +36,7 @@ pub(crate) struct Driver {
 pub(crate) struct Counters {
     pub(crate) calls: AtomicU64,
     pub(crate) copies: AtomicU64,
+    pub(crate) batches: AtomicU64,
     pub(crate) h2d_bytes: AtomicU64,
 }
 
@@ -121,7 +122,8 @@ impl Driver {
             return self.knobs.set(key, value);
         }
         self.knobs.reset();
-        for counter in [&self.counters.calls, &self.counters.copies, &self.counters.h2d_bytes] {
+        let Counters { calls, copies, batches, h2d_bytes } = &self.counters;
+        for counter in [calls, copies, batches, h2d_bytes] {
             counter.store(0, SeqCst);
         }
         Ok(())
@@ -132,6 +134,7 @@ impl Driver {
         let value = match key {
             "ncalls" => self.counters.calls.load(SeqCst),
             "ncopies" => self.counters.copies.load(SeqCst),
+            "nbatches" => self.counters.batches.load(SeqCst),
             "h2d_bytes" => self.counters.h2d_bytes.load(SeqCst),
             "used" => self.memory.used(),
             "pinned" => self.memory.pinned(),

@@ -20,7 +20,11 @@
 //! * A copy takes `lat_us` plus its bytes over `bw_mbps`, one copy at a time per direction. It
 //!   happens at the worst moment: D2H reads when its time begins, H2D reads and writes when its
 //!   time ends. So a forgotten wait shows as wrong data.
-//! * A copy from or to memory that is not page-locked returns when the copy is done.
+//! * A copy from or to memory that is not page-locked returns when the copy is done. One that
+//!   begins in a page-locked range has to end in it.
+//! * A batch (`cuMemcpyBatchAsync`, of the 12.8 ABI) is enqueued last copy first, since within a
+//!   batch no order is promised. It is found through `cuGetProcAddress_v2` alone, by whoever asks a
+//!   driver of 12.8 or newer (`driver`) for a version that has this ABI.
 //! * Calls that free host or device memory first wait for all streams; destroying a stream or an
 //!   event waits for nothing. A destroyed handle is refused with 400.
 //! * Created, allocated or registered things need a current context (201), and so does the NULL
@@ -67,10 +71,13 @@
 //! | `reset` | any (set only) | | all of the above to their start, the counters below to 0 |
 //! | `ncalls` | count (get only) | | driver calls; not the ones about codes, version and `cuInit` |
 //! | `ncopies` | count (get only) | | copies done, in any direction |
+//! | `nbatches` | count (get only) | | calls for a batch |
 //! | `h2d_bytes` | bytes (get only) | | bytes copied from host to device |
 //!
-//! A fault fires once and is then off: `fakecuda_get` shows 0. Codes outside this library's table
-//! are refused, since callers that hold codes in an enum must not meet unknown ones.
+//! The copies of a batch count one by one: with the one that fails the call fails, and those before
+//! it are enqueued. A fault fires once and is then off: `fakecuda_get` shows 0. Codes outside this
+//! library's table are refused, since callers that hold codes in an enum must not meet unknown
+//! ones.
 //!
 //! Get only, and not touched by `reset`: `used` (bytes of device memory allocated here), `pinned`
 //! (bytes of whole pages page-locked), `host_ranges` (allocated or registered host ranges), `refs`
@@ -79,7 +86,8 @@
 //! # Missing symbols
 //!
 //! With the feature `missing-symbol` the library exports neither `cuMemHostRegister_v2` nor
-//! `cuEventRecord`. Build it into a target directory of its own: the file name is the same.
+//! `cuEventRecord` nor `cuGetProcAddress_v2`. Build it into a target directory of its own: the file
+//! name is the same.
 
 #![allow(non_snake_case, reason = "exported functions carry the driver API's names")]
 #![allow(

@@ -169,11 +169,16 @@ impl Memory {
         }
     }
 
-    /// Whether one page-locked range holds all of `bytes` bytes at `address`.
-    pub(crate) fn is_page_locked(&self, address: usize, bytes: usize) -> bool {
+    /// Whether one page-locked range holds all of `bytes` bytes at `address`; 1 if it holds the
+    /// first ones only.
+    pub(crate) fn is_page_locked(&self, address: usize, bytes: usize) -> Result<bool, Code> {
         let ranges = self.host.lock();
-        let range = ranges.range(..=address).next_back();
-        range.is_some_and(|(start, range)| bytes <= range.bytes.saturating_sub(address - start))
+        let before = ranges.range(..=address).next_back();
+        match before.map(|(start, range)| range.bytes.saturating_sub(address - start)) {
+            None | Some(0) => Ok(false),
+            Some(left) if left < bytes => Err(INVALID_VALUE),
+            Some(_) => Ok(true),
+        }
     }
 
     /// Bytes of whole pages that are page-locked; a page in two ranges counts twice.
@@ -286,11 +291,13 @@ mod tests {
         let (memory, (_pages, at)) = (Memory::default(), pages());
         assert_eq!(memory.register(at + 64, 128, 1, PLENTY), Ok(()));
         assert_eq!(memory.register(at + 192, 64, 1, PLENTY), Ok(()));
-        assert!(memory.is_page_locked(at + 64, 128));
-        assert!(memory.is_page_locked(at + 200, 56));
-        assert!(!memory.is_page_locked(at + 63, 8));
-        assert!(!memory.is_page_locked(at + 128, 128));
-        assert!(!memory.is_page_locked(at + 256, 1));
+        assert_eq!(memory.is_page_locked(at + 64, 128), Ok(true));
+        assert_eq!(memory.is_page_locked(at + 200, 56), Ok(true));
+        assert_eq!(memory.is_page_locked(at + 63, 1), Ok(false));
+        assert_eq!(memory.is_page_locked(at + 256, 1), Ok(false));
+        // In two ranges, though they touch; and beyond the last one.
+        assert_eq!(memory.is_page_locked(at + 128, 128), Err(INVALID_VALUE));
+        assert_eq!(memory.is_page_locked(at + 200, 57), Err(INVALID_VALUE));
     }
 
     #[test]

@@ -58,10 +58,11 @@ const ALWAYS: [&CStr; 49] = [
     c"fakecuda_busy",
     c"fakecuda_read",
 ];
-const WITHOUT_THE_FEATURE: [&CStr; 2] = [c"cuMemHostRegister_v2", c"cuEventRecord"];
+const WITHOUT_THE_FEATURE: [&CStr; 3] =
+    [c"cuMemHostRegister_v2", c"cuEventRecord", c"cuGetProcAddress_v2"];
 
 #[test]
-fn the_feature_decides_whether_two_symbols_are_there() {
+fn the_feature_decides_whether_three_symbols_are_there() {
     // Cargo puts the shared library beside the tests.
     let path = std::env::current_exe().unwrap_or_default().with_file_name("libcuda.so");
     // SAFETY: loading runs no code of the library.

@@ -90,6 +90,7 @@ pub extern "C" fn cuMemHostUnregister(pointer: usize) -> Code {
 }
 
 /// Enqueues a copy from host to device; blocks until it is done if the source is not page-locked.
+/// A source that is in part page-locked is refused, one in two registered ranges as well.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     target: usize,
@@ -152,15 +153,16 @@ pub unsafe extern "C" fn cuMemsetD8Async(
     })
 }
 
-fn copy(driver: &Driver, direction: Direction, span: Span, stream: usize) -> Answer {
+pub(super) fn copy(driver: &Driver, direction: Direction, span: Span, stream: usize) -> Answer {
     let stream = driver.stream(stream)?;
     let span = checked(span)?;
     let host = match direction {
         Direction::HostToDevice => span.source,
         Direction::DeviceToHost => span.target,
     };
+    let page_locked = driver.memory.is_page_locked(host, span.bytes)?;
     let ticket = stream.push(Work::Copy { direction, span });
-    if !driver.memory.is_page_locked(host, span.bytes) {
+    if !page_locked {
         stream.wait_for(ticket);
     }
     driver.health()

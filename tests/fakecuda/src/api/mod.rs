@@ -1,5 +1,6 @@
 //! The exported functions: the driver API's table of C symbols, and the test control.
 
+mod batch;
 mod control;
 mod device;
 mod event;
@@ -9,6 +10,7 @@ mod stream;
 
 use std::mem::MaybeUninit;
 
+pub use batch::*;
 pub use control::*;
 pub use device::*;
 pub use event::*;
