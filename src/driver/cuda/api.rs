@@ -72,7 +72,7 @@ table! {
 /// # Safety
 ///
 /// `T` must be the type of the function that `symbol` names; the name ends in a NUL.
-unsafe fn find<T: Copy>(symbol: &str) -> Result<T> {
+pub(super) unsafe fn find<T: Copy>(symbol: &str) -> Result<T> {
     // SAFETY: the library was found present before.
     let library = unsafe { sys::culib() };
     // SAFETY: the caller vouches for the type.

@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "calls the CUDA driver; every call of it is in this folder")]
 
 mod api;
+mod batch;
 mod clock;
+mod locks;
 mod stream;
 
 use std::ffi::c_void;
@@ -10,10 +12,12 @@ use std::ffi::c_void;
 use parking_lot::Mutex;
 
 pub use self::api::driver_version;
+use self::batch::Batches;
 use self::clock::Clock;
+use self::locks::Locks;
 use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, EVENT_UNTIMED, Event, Primary};
 use super::host::shim::{self, WeightFile};
-use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
 
@@ -48,6 +52,8 @@ pub struct CudaDevice {
     chunks: Mutex<Vec<Event>>,
     clock: Mutex<Option<Clock>>,
     copy_stream: CopyStream,
+    batches: Batches,
+    locks: Mutex<Locks>,
     files: Vec<WeightFile>,
     timing: bool,
     primary: Primary,
@@ -71,6 +77,8 @@ impl CudaDevice {
             chunks: Mutex::new(Vec::new()),
             clock: Mutex::new(None),
             copy_stream,
+            batches: Batches::new(primary.api),
+            locks: Mutex::new(Locks::default()),
             files: options.files,
             timing: options.timing,
             primary,
@@ -80,6 +88,22 @@ impl CudaDevice {
     fn on<T>(&self, slot: EventSlot, act: impl FnOnce(&Slot) -> Result<T>) -> Result<T> {
         let _bound = self.primary.bind()?;
         act(&self.slots.lock()[index(slot.0)])
+    }
+
+    /// Enqueues one copy; the context is current.
+    fn copy_one(&self, copy: &H2d) -> Result<()> {
+        let (source, api) = (host_address(copy)?, self.primary.api);
+        // SAFETY: the engine checked the target against the arena; the source is page-locked and
+        // kept alive by the owner of the engine, or a staging chunk whose end is marked.
+        let code = unsafe {
+            (api.cuMemcpyHtoDAsync_v2)(
+                copy.target,
+                index(source) as *const c_void,
+                index(copy.bytes),
+                self.copy_stream.raw,
+            )
+        };
+        api.check("cuMemcpyHtoDAsync", code)
     }
 
     /// Allocates device memory outside of torch, for measuring a link.
@@ -102,6 +126,18 @@ impl CudaDevice {
         let _bound = self.primary.bind();
         // SAFETY: from `allocate`, freed once by its caller.
         let _ = unsafe { (self.primary.api.cuMemFree_v2)(address) };
+    }
+}
+
+/// The first byte of a source in memory.
+///
+/// # Errors
+///
+/// [`Error::Internal`] for a file.
+fn host_address(copy: &H2d) -> Result<u64> {
+    match copy.source {
+        Source::Memory { address } => Ok(address),
+        Source::File { .. } => Err(Error::Internal("a file is not copied without staging".into())),
     }
 }
 
@@ -139,21 +175,25 @@ impl Device for CudaDevice {
     }
 
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
-        let Source::Memory { address } = source else {
-            return Err(Error::Internal("a file is not copied without staging".into()));
-        };
         let _bound = self.primary.bind()?;
-        // SAFETY: the engine checked `target` against the arena; the source is page-locked and
-        // kept alive by the owner of the engine, or a staging chunk whose end is marked.
-        let code = unsafe {
-            (self.primary.api.cuMemcpyHtoDAsync_v2)(
-                target,
-                index(address) as *const c_void,
-                index(bytes),
-                self.copy_stream.raw,
-            )
-        };
-        self.primary.api.check("cuMemcpyHtoDAsync", code)
+        self.copy_one(&H2d { source, target, bytes })
+    }
+
+    fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        for part in copies.chunks(batch::MOST) {
+            if !self.batches.copy(part, &self.copy_stream)? {
+                part.iter().try_for_each(|copy| self.copy_one(copy))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
+        match source {
+            Source::Memory { address } => self.locks.lock().cover(address, bytes),
+            Source::File { .. } => false,
+        }
     }
 
     fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
@@ -263,10 +303,13 @@ impl Device for CudaDevice {
         };
         // The driver API keeps no last error: a refusal here blames no later call.
         api.check("cuMemHostRegister", code)
-            .map_err(|error| Error::PageLock { bytes, reason: error.to_string() })
+            .map_err(|error| Error::PageLock { bytes, reason: error.to_string() })?;
+        self.locks.lock().add(address, bytes);
+        Ok(())
     }
 
     fn page_unlock(&self, address: u64, _bytes: u64) {
+        self.locks.lock().remove(address);
         let _bound = self.primary.bind();
         // SAFETY: from `page_lock`, undone once by `Pins`, after its copies ended.
         let _ = unsafe { (self.primary.api.cuMemHostUnregister)(index(address) as *mut c_void) };
