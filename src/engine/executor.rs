@@ -3,15 +3,18 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::command::Command;
 use super::stager::Stager;
-use crate::driver::{ComputeStream, Device, Source};
+use crate::driver::{ComputeStream, Device, H2d, Source};
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program};
 use crate::pool::{Arena, Staging};
 use crate::units::{align_up, index};
+
+/// Most copies that wait to be enqueued together.
+const MOST_GATHERED: usize = 64;
 
 /// Where the bytes of one tensor lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,9 +33,9 @@ pub(super) struct Moved {
 }
 
 impl Moved {
-    fn add(&self, bytes: u64) {
+    fn add(&self, bytes: u64, copies: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.copies.fetch_add(1, Ordering::Relaxed);
+        self.copies.fetch_add(copies, Ordering::Relaxed);
     }
 
     /// Bytes and copies.
@@ -55,40 +58,20 @@ pub(super) struct CopySide {
 }
 
 impl CopySide {
-    pub(super) fn run(&mut self, command: Command) -> Result<()> {
+    /// Runs a command that is no copy.
+    fn run(&self, command: Command) -> Result<()> {
         match command {
-            Command::Copy { index: number } => self.copy(self.program.copies[index(number)]),
-            Command::Load { block } => {
-                let program = Arc::clone(&self.program);
-                program.loads[index(block)].iter().try_for_each(|&copy| self.copy(copy))
-            }
-            Command::LoadMissing { block } => {
-                let program = Arc::clone(&self.program);
-                for &load in &program.loads[index(block)] {
-                    if !self.kept[index(load.tensor)] {
-                        self.copy(load)?;
-                    }
-                }
-                Ok(())
-            }
             Command::WaitDone(slot) => self.device.wait_done(slot),
             Command::CopyStart(slot) => self.device.mark_copy_start(slot),
             Command::Ready { slot, .. } => self.device.mark_ready(slot),
             Command::Poison { position } => self.poison(position),
-            Command::Cancel | Command::Join(_) | Command::Acquire { .. } | Command::Release(_) => {
-                Ok(())
-            }
-        }
-    }
-
-    fn copy(&mut self, copy: Copy) -> Result<()> {
-        let weight = self.weights[index(copy.tensor)];
-        let source = weight.source.advanced(copy.source_offset);
-        let target = self.arena.at(copy.target_offset, copy.bytes);
-        self.moved.add(copy.bytes);
-        match &mut self.staging {
-            Some(staging) if !weight.direct => staging.copy(source, target, copy.bytes),
-            _ => self.device.copy(source, target, copy.bytes),
+            Command::Copy { .. }
+            | Command::Load { .. }
+            | Command::LoadMissing { .. }
+            | Command::Cancel
+            | Command::Join(_)
+            | Command::Acquire { .. }
+            | Command::Release(_) => Ok(()),
         }
     }
 
@@ -102,11 +85,112 @@ impl CopySide {
     }
 }
 
+/// The copy side, and the copies that wait to be enqueued together.
+///
+/// None waits any more when another command is run, nor between two calls of the engine. So those
+/// of one batch belong to one use, and none writes what another one writes.
+#[derive(Debug)]
+pub(super) struct Lane {
+    side: CopySide,
+    gathered: Vec<H2d>,
+}
+
+impl Lane {
+    fn new(side: CopySide) -> Self {
+        Self { side, gathered: Vec::with_capacity(MOST_GATHERED) }
+    }
+
+    /// Runs a command to its end.
+    pub(super) fn run(&mut self, command: Command) -> Result<()> {
+        self.take(command)?;
+        self.enqueue()
+    }
+
+    /// Runs a command, but only gathers the copies that the device takes as they are.
+    fn take(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::Copy { index: number } => self.copy(self.side.program.copies[index(number)]),
+            Command::Load { block } => {
+                let program = Arc::clone(&self.side.program);
+                program.loads[index(block)].iter().try_for_each(|&copy| self.copy(copy))
+            }
+            Command::LoadMissing { block } => {
+                let program = Arc::clone(&self.side.program);
+                for &load in &program.loads[index(block)] {
+                    if !self.side.kept[index(load.tensor)] {
+                        self.copy(load)?;
+                    }
+                }
+                Ok(())
+            }
+            other => self.side.run(other),
+        }
+    }
+
+    fn copy(&mut self, copy: Copy) -> Result<()> {
+        let weight = self.side.weights[index(copy.tensor)];
+        let source = weight.source.advanced(copy.source_offset);
+        let target = self.side.arena.at(copy.target_offset, copy.bytes);
+        if weight.direct {
+            return self.gather(H2d { source, target, bytes: copy.bytes });
+        }
+        self.enqueue()?;
+        self.side.moved.add(copy.bytes, 1);
+        match &mut self.side.staging {
+            Some(staging) => staging.copy(source, target, copy.bytes),
+            None => Err(Error::Internal("a weight to stage, but no staging chunks".into())),
+        }
+    }
+
+    /// Joins neighbours to one copy.
+    fn gather(&mut self, next: H2d) -> Result<()> {
+        if let Some(last) = self.gathered.last_mut() {
+            let bytes = last.bytes + next.bytes;
+            if last.meets(&next) && self.side.device.takes_as_one(last.source, bytes) {
+                last.bytes = bytes;
+                return Ok(());
+            }
+        }
+        if self.gathered.len() == MOST_GATHERED {
+            self.enqueue()?;
+        }
+        self.gathered.push(next);
+        Ok(())
+    }
+
+    /// Enqueues what was gathered.
+    fn enqueue(&mut self) -> Result<()> {
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        let bytes = self.gathered.iter().map(|copy| copy.bytes).sum();
+        self.side.moved.add(bytes, self.gathered.len() as u64);
+        let done = self.side.device.copy_batch(&self.gathered);
+        self.gathered.clear();
+        done
+    }
+}
+
+/// Who runs the copy side's commands of one call.
+enum Runner<'a> {
+    Here(MutexGuard<'a, Lane>),
+    Thread(&'a Stager),
+}
+
+impl Runner<'_> {
+    fn enqueue(&mut self) -> Result<()> {
+        match self {
+            Self::Here(lane) => lane.enqueue(),
+            Self::Thread(_) => Ok(()),
+        }
+    }
+}
+
 /// Runs commands; hands the copy side to the staging thread while that has work.
 #[derive(Debug)]
 pub(super) struct Executor {
     device: Arc<dyn Device>,
-    copy_side: Arc<Mutex<CopySide>>,
+    lane: Arc<Mutex<Lane>>,
     stager: Option<Stager>,
     staged_copies: Vec<bool>,
     staged_loads: Vec<bool>,
@@ -127,10 +211,9 @@ impl Executor {
             return Err(Error::Internal("weights to stage, but no staging chunks".into()));
         }
         let device = Arc::clone(&copy_side.device);
-        let copy_side = Arc::new(Mutex::new(copy_side));
-        let stager =
-            if any { Some(Stager::start(Arc::clone(&copy_side), capacity)?) } else { None };
-        Ok(Self { device, copy_side, stager, staged_copies, staged_loads })
+        let lane = Arc::new(Mutex::new(Lane::new(copy_side)));
+        let stager = if any { Some(Stager::start(Arc::clone(&lane), capacity)?) } else { None };
+        Ok(Self { device, lane, stager, staged_copies, staged_loads })
     }
 
     fn needs_staging(&self, command: Command) -> bool {
@@ -153,7 +236,12 @@ impl Executor {
         let queue = self.stager.as_ref().filter(|stager| {
             commands.iter().any(|&command| self.needs_staging(command)) || !stager.is_idle()
         });
+        let mut runner = queue.map_or_else(|| Runner::Here(self.lane.lock()), Runner::Thread);
         for &command in commands {
+            use Command::{Copy, Load, LoadMissing};
+            if !matches!(command, Copy { .. } | Load { .. } | LoadMissing { .. }) {
+                runner.enqueue()?;
+            }
             match command {
                 Command::Acquire { slot, ticket, timed } => {
                     if timed {
@@ -168,12 +256,14 @@ impl Executor {
                 Command::Release(slot) => self.device.mark_done(slot, compute)?,
                 Command::Join(slot) => self.device.wait_done(slot)?,
                 Command::Cancel => queue.iter().for_each(|stager| stager.cancel()),
-                copy_side => match queue {
-                    Some(stager) => stager.push(copy_side),
-                    None => self.run_here(copy_side)?,
+                copy_side => match &mut runner {
+                    Runner::Thread(stager) => stager.push(copy_side),
+                    Runner::Here(lane) => self.run_here(lane, copy_side)?,
                 },
             }
         }
+        runner.enqueue()?;
+        drop(runner);
         self.device.flush();
         Ok(())
     }
@@ -184,8 +274,8 @@ impl Executor {
     }
 
     /// Runs a command of the copy side in the calling thread; the staging thread is idle.
-    fn run_here(&self, command: Command) -> Result<()> {
-        self.copy_side.lock().run(command)?;
+    fn run_here(&self, lane: &mut Lane, command: Command) -> Result<()> {
+        lane.take(command)?;
         if let (Some(stager), Command::Ready { ticket, .. }) = (&self.stager, command) {
             stager.note_issued(ticket);
         }
@@ -199,6 +289,8 @@ impl Executor {
     /// The device's error; then nothing is known of what still runs.
     pub(super) fn recover(&self) -> Result<()> {
         let queued = self.stager.as_ref().map_or_else(Vec::new, Stager::reset);
+        // Something is left only where a panic came between.
+        self.lane.lock().gathered.clear();
         queued.into_iter().try_for_each(|slot| self.device.wait_done(slot))
     }
 
@@ -215,6 +307,6 @@ impl Executor {
 
     /// Takes the staging chunks, of an executor that has stopped.
     pub(super) fn take_staging(&self) -> Option<Staging> {
-        self.copy_side.lock().staging.take()
+        self.lane.lock().side.staging.take()
     }
 }

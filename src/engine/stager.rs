@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use parking_lot::{Condvar, Mutex};
 
 use super::command::Command;
-use super::executor::CopySide;
+use super::executor::Lane;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
 
@@ -41,7 +41,7 @@ pub(super) struct Stager {
 }
 
 impl Stager {
-    pub(super) fn start(copy_side: Arc<Mutex<CopySide>>, capacity: usize) -> Result<Self> {
+    pub(super) fn start(lane: Arc<Mutex<Lane>>, capacity: usize) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 queue: VecDeque::with_capacity(capacity * 2),
@@ -57,7 +57,7 @@ impl Stager {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name("dgls-staging".into())
-                .spawn(move || shared.run(&copy_side))
+                .spawn(move || shared.run(&lane))
                 .map_err(|e| Error::Invalid(format!("the staging thread did not start: {e}")))?
         };
         Ok(Self { shared, thread: Some(thread) })
@@ -137,9 +137,9 @@ impl Drop for Stager {
 }
 
 impl Shared {
-    fn run(&self, copy_side: &Mutex<CopySide>) {
+    fn run(&self, lane: &Mutex<Lane>) {
         while let Some(command) = self.next() {
-            let run = || copy_side.lock().run(command);
+            let run = || lane.lock().run(command);
             let done = catch_unwind(AssertUnwindSafe(run))
                 .unwrap_or_else(|_| Err(Error::Internal("the staging thread panicked".into())));
             self.note(command, done);

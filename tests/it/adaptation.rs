@@ -47,7 +47,7 @@ impl Truth {
 
 impl Run {
     fn new(profile: &Profile, budget: u64, adapt: Adapt) -> Self {
-        let stack = Stack::new(profile.clone());
+        let stack = Stack::new(profile.clone(), 64);
         let sim = Arc::new(SimDevice::new(SimOptions {
             arena: (ARENA, budget),
             latency_ns: LATENCY_NS,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use dgls_core::driver::cuda::{CudaDevice, CudaOptions, driver_version};
 use dgls_core::driver::host::shim::{Pages, WeightFile};
-use dgls_core::driver::mutant::{Dropped, Mutant};
+use dgls_core::driver::mutant::{Batches, Dropped, Mutant};
 use dgls_core::driver::{ComputeStream, Device, Source};
 use dgls_core::engine::{Engine, Options, Spec};
 use dgls_core::{Error, Result, probe};
@@ -32,6 +32,7 @@ pub(crate) struct Setup {
     pub(crate) budget: u64,
     pub(crate) pinned_bytes: u64,
     pub(crate) dropped: Dropped,
+    pub(crate) batches: Batches,
     pub(crate) timing: bool,
 }
 
@@ -42,6 +43,7 @@ impl Setup {
             budget,
             pinned_bytes: 1 << 30,
             dropped: Dropped::default(),
+            batches: Batches::Right,
             timing: false,
         }
     }
@@ -59,9 +61,11 @@ impl<'a> Rig<'a> {
             files: files.into_iter().collect(),
             timing: setup.timing,
         })?);
-        let device = match setup.dropped {
-            dropped if dropped == Dropped::default() => device,
-            dropped => Arc::new(Mutant::new(device, dropped)),
+        let device = match (setup.dropped, &setup.batches) {
+            (dropped, Batches::Right) if dropped == Dropped::default() => device,
+            (dropped, batches) => {
+                Arc::new(Mutant::new(device, dropped).with_batches(batches.clone()))
+            }
         };
         let spec = Spec {
             profile: weights.stack.profile.clone(),
@@ -310,7 +314,7 @@ fn a_device_that_is_not_there_is_an_error() {
 }
 
 /// Runs this test in a process of its own, where the driver has not been looked for yet.
-fn in_a_child(test: &str, variables: &[(&str, &str)]) -> bool {
+pub(crate) fn in_a_child(test: &str, variables: &[(&str, &str)]) -> bool {
     if std::env::var_os("DGLS_IT_CHILD").is_some() {
         return true;
     }

@@ -2,6 +2,7 @@
 
 mod adaptation;
 mod allocation;
+mod batches;
 mod cuda_fake;
 mod cuda_faults;
 mod fake;

@@ -44,23 +44,24 @@ impl Stack {
             random.shuffle(&mut order);
         }
         let min_stream_bytes = random.pick(&[0, 0, 1000, 40_000]);
-        Self::new(Profile { tensors, order, min_stream_bytes, ..Profile::default() })
+        Self::new(Profile { tensors, order, min_stream_bytes, ..Profile::default() }, 0)
     }
 
-    /// `blocks` blocks that all have tensors of these sizes, used in order.
+    /// `blocks` blocks that all have tensors of these sizes, used in order. They lie apart, so that
+    /// each is a copy of its own.
     pub(crate) fn uniform(blocks: u32, sizes: &[u64]) -> Self {
         let tensor = |block| sizes.iter().map(move |&bytes| Tensor { block, bytes });
         let tensors = (0..blocks).flat_map(tensor).collect();
-        Self::new(Profile { tensors, order: (0..blocks).collect(), ..Profile::default() })
+        Self::new(Profile { tensors, order: (0..blocks).collect(), ..Profile::default() }, 64)
     }
 
-    pub(crate) fn new(profile: Profile) -> Self {
+    pub(crate) fn new(profile: Profile, gap_bytes: u64) -> Self {
         let mut next = HOST;
         let mut addresses = Vec::new();
         let mut tensors = vec![Vec::new(); profile.blocks()];
         for (number, tensor) in profile.tensors.iter().enumerate() {
             addresses.push(next);
-            next += tensor.bytes;
+            next += tensor.bytes + gap_bytes;
             tensors[index(tensor.block)].push(number);
         }
         Self { profile, addresses, tensors }

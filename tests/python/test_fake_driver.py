@@ -156,10 +156,11 @@ for options in (PINNED, STAGED):
 """)
 
 
-# Injected once, somewhere in a run that would be right: knob, code, call that fails, its text.
+# Injected once, somewhere in a run that would be right: knob, code, text. A copy fails alone, in
+# cuMemcpyHtoDAsync, or in a batch.
 FAULTS = {
-    "copy": ("fail_copy_in", 1, "cuMemcpyHtoDAsync failed with CUDA error 1 (CUDA_ERROR_INVALID_"),
-    "copy oom": ("fail_copy_in", 2, "cuMemcpyHtoDAsync failed with CUDA error 2 (CUDA_ERROR_OUT"),
+    "copy": ("fail_copy_in", 1, "Async failed with CUDA error 1 (CUDA_ERROR_INVALID_VALUE)"),
+    "copy oom": ("fail_copy_in", 2, "Async failed with CUDA error 2 (CUDA_ERROR_OUT_OF_MEMORY)"),
     "record": ("fail_record_in", 1, "cuEventRecord failed with CUDA error 1 (CUDA_ERROR_INVALID_"),
     "wait": ("fail_wait_in", 400, "cuStreamWaitEvent failed with CUDA error 400 (CUDA_ERROR_INVAL"),
 }
