@@ -71,7 +71,9 @@ impl Core {
                 stretch_copies: narrow(stretch.len()),
                 times,
             };
-            self.trace.push(record);
+            if self.schedule.is_sampled(number) {
+                self.trace.push(record);
+            }
             self.learn(&record);
         }
     }
@@ -81,7 +83,11 @@ impl Core {
         if self.spec.options.adapt == Adapt::Off {
             return;
         }
-        let Some(pass) = self.assembly.add(record) else { return };
+        let (span_s, pass) = self.assembly.add(record);
+        if span_s.is_some_and(|span_s| self.tuner.is_news(span_s)) {
+            self.schedule.sample();
+        }
+        let Some(pass) = pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
         if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
             let (profile, budget_bytes) = (self.best_profile(), self.spec.budget_bytes);

@@ -10,8 +10,9 @@ use crate::plan::{Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
-/// Passes over which a change has to pay: how many are left is not known.
-const PASSES: f64 = 8.0;
+/// Passes over which a change has to pay. How many are left is not known: of a picture of 20 to 30
+/// steps so many are, when a plan is found.
+const PASSES: f64 = 16.0;
 
 /// How plans are looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

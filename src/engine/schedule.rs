@@ -68,6 +68,8 @@ pub struct Schedule {
     last_ticket: u64,
     last_done: Option<EventSlot>,
     active: Option<Active>,
+    /// Cycles that are timed besides the usual ones.
+    sampled: std::ops::Range<u64>,
     options: Options,
 }
 
@@ -78,7 +80,7 @@ pub struct Options {
     pub poison: bool,
     /// Mark times: in the first four cycles, later in two of eight.
     pub timing: bool,
-    /// Mark times in every cycle, and look for better plans.
+    /// Look for better plans, with the times of those cycles and of others where times changed.
     pub adapt: Adapt,
     /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
     pub early: u64,
@@ -104,6 +106,7 @@ impl Schedule {
             last_ticket: 0,
             last_done: None,
             active: None,
+            sampled: 0..0,
             options,
         }
     }
@@ -133,11 +136,28 @@ impl Schedule {
         EventSlot(first + self.position(number))
     }
 
-    /// Whether the marks of use `number` carry times.
+    /// Whether the marks of use `number` carry times: those of sampled cycles, and where plans are
+    /// looked for, the first one of each pass, which says whether anything changed.
     fn timed(&self, number: u64) -> bool {
+        let adapts = self.options.adapt != Adapt::Off;
+        let first = number % (self.cycle() / u64::from(self.program.passes)) == 0;
+        self.is_sampled(number) || (adapts && first)
+    }
+
+    /// Whether all uses of the cycle of use `number` are timed. Reading the times of a use costs as
+    /// much as four launches of a kernel.
+    pub fn is_sampled(&self, number: u64) -> bool {
         let cycle = number / self.cycle();
-        let always = self.options.adapt != Adapt::Off;
-        always || (self.options.timing && (cycle < 4 || cycle % 8 < 2))
+        let wanted = self.options.timing || self.options.adapt != Adapt::Off;
+        wanted && (cycle < 4 || cycle % 8 < 2 || self.sampled.contains(&cycle))
+    }
+
+    /// Something changed: the next cycles are timed.
+    pub fn sample(&mut self) {
+        let cycle = self.next / self.cycle().max(1);
+        if !self.sampled.contains(&cycle) {
+            self.sampled = cycle + 1..cycle + 4;
+        }
     }
 
     /// Uses in one cycle, and the event slot of `number`: for reading times.

@@ -1,7 +1,10 @@
 //! Learns times from what ran, and says when another plan should be looked for. Pure.
 //!
+//! Cycles are timed by sample; of the others only how long a pass took, which tells when a sample is
+//! due.
+//!
 //! ```text
-//! c_i <- 0.6 c_i + 0.4 measured,  B <- 0.6 B + 0.4 measured     after each pass
+//! c_i <- 0.6 c_i + 0.4 measured,  B <- 0.6 B + 0.4 measured     after each timed pass
 //! look for a plan after passes 1, 2, 4, 8, ..., when B or the sum of c moved by 3 %, or when the
 //! pass was 4 % off what was predicted
 //! ```
@@ -62,12 +65,21 @@ pub struct Tuner {
     missed_again: u64,
     /// Sum of compute, and rate, when a plan was last looked for.
     reviewed: Option<(f64, f64)>,
+    /// What passes take, from one to the next.
+    span_s: Option<f64>,
 }
 
 impl Tuner {
     /// Nothing is known.
     pub fn new() -> Self {
         Self { due: 1, ..Self::default() }
+    }
+
+    /// A pass took `span_s` seconds, from its beginning to that of the next one. Says whether that is
+    /// another time than before.
+    pub fn is_news(&mut self, span_s: f64) -> bool {
+        let before = self.span_s.replace(span_s);
+        before.is_some_and(|before| moved(before, span_s, MISSED))
     }
 
     /// A pass ran; `predicted_s` is the plan's period. Says whether to look for a plan.
@@ -149,26 +161,27 @@ impl Assembly {
         Self { uses, first: 0, passes: [vec![None; uses], vec![None; uses]] }
     }
 
-    /// Takes a record; gives the pass that it completes. Records come in order.
-    pub(super) fn add(&mut self, record: &Record) -> Option<PassTimes> {
-        if self.uses == 0 {
-            return None;
+    /// Takes a record; gives the seconds of the pass that it ends, and its times if all of its uses
+    /// came. Records come in order.
+    pub(super) fn add(&mut self, record: &Record) -> (Option<f64>, Option<PassTimes>) {
+        if self.uses == 0 || record.number / (self.uses as u64) < self.first {
+            return (None, None);
         }
         let pass = record.number / self.uses as u64;
-        if pass < self.first {
-            return None;
-        }
         while pass > self.first + 1 {
             self.advance();
         }
         let place = index(record.number % self.uses as u64);
         self.passes[index(pass - self.first)][place] = Some(*record);
         if pass == self.first || place > 0 {
-            return None;
+            return (None, None);
         }
-        let found = self.complete(record.times.wait_ns);
+        let next_ns = record.times.wait_ns;
+        let begun = self.passes[0][0].map(|first| first.times.wait_ns);
+        let span_s = begun.map(|begun| real(next_ns.saturating_sub(begun)) * 1e-9);
+        let found = self.complete(next_ns);
         self.advance();
-        found
+        (span_s, found)
     }
 
     fn advance(&mut self) {
@@ -265,6 +278,14 @@ mod tests {
     }
 
     #[test]
+    fn a_pass_of_another_length_is_news() {
+        let mut tuner = Tuner::new();
+        let news: Vec<bool> =
+            [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|span_s| tuner.is_news(span_s)).to_vec();
+        assert_eq!(news, [false, false, false, true, false, true]);
+    }
+
+    #[test]
     fn a_pass_is_whole_or_nothing() {
         let record = |number: u64| Record {
             number,
@@ -281,12 +302,16 @@ mod tests {
             },
         };
         let mut assembly = Assembly::new(3);
-        let mut found = Vec::new();
+        let (mut found, mut spans) = (Vec::new(), Vec::new());
         for number in (0..7).chain(8..13) {
-            found.extend(assembly.add(&record(number)).map(|pass| (number, pass)));
+            let (took_s, pass) = assembly.add(&record(number));
+            spans.extend(took_s);
+            found.extend(pass.map(|pass| (number, pass)));
         }
         let numbers: Vec<u64> = found.iter().map(|(number, _)| *number).collect();
         assert_eq!(numbers, [3, 6, 12], "use 7 is missing, so pass 2 is");
+        assert_eq!(spans.len(), 4, "of every pass");
+        assert!(spans.iter().all(|span_s| (span_s - 3e-6).abs() < 1e-12));
         let pass = &found[0].1;
         assert!((pass.compute_s[0] - 900e-9).abs() < 1e-12, "to where the next could begin");
         assert!((pass.compute_s[2] - 700e-9).abs() < 1e-12, "to its end");

@@ -187,8 +187,8 @@ fn compare(seed: u64, profile: &Profile, before: Truth, change: Change) -> (f64,
     run.finish();
 
     let mut knew = Run::new(&with_times(profile, after), budget, Adapt::Off);
-    let mut shake = noise(seed + 1000);
-    knew.mean(3, after, &mut shake);
+    let mut shake = noise(seed);
+    knew.mean(15, after, &mut shake);
     (measured, knew.mean(25, after, &mut shake), adopted)
 }
 
@@ -211,11 +211,11 @@ fn a_run_soon_has_the_plan_of_someone_who_knew() {
                 let what = format!("{}, change {number}, {kernel_ns} ns", model.name);
                 assert!(adopted <= 3, "{what}: {adopted} plans in 40 passes");
                 let ratio = measured / clairvoyant;
-                assert!(ratio <= 1.03, "{what}: {ratio}");
+                assert!(ratio <= 1.02, "{what}: {ratio}");
                 (ours, theirs) = (ours + measured, theirs + clairvoyant);
             }
         }
-        assert!(ours <= 1.02 * theirs, "change {number}: {} on average", ours / theirs);
+        assert!(ours <= 1.01 * theirs, "change {number}: {} on average", ours / theirs);
     }
 }
 

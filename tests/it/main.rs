@@ -7,6 +7,7 @@ mod cuda_fake;
 mod cuda_faults;
 mod fake;
 mod flaky;
+mod fuzz;
 mod host;
 mod lagging;
 mod models;
