@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -88,11 +88,23 @@ class Layout:
         self.vram_bytes = self.budget(config, None)
         self._check_budget()
 
+        self._held = anatomy.held
         self._placement = Placement(self.device, self.source)
+        self.place(model)
+
+    def place(self, model: nn.Module) -> None:
+        """Moves what is not streamed to the device; on a failure nothing is left there.
+
+        Raises:
+            torch.OutOfMemoryError: The device is full.
+        """
+        everything = list(model.named_modules())
+        inside = {id(m) for weak in self.modules for m in _modules_of(weak)}
+        outside = [(name, module) for name, module in everything if id(module) not in inside]
         try:
-            self._placement.place_parameters(anatomy.outside)
-            self._placement.place_parameters(anatomy.everything, anatomy.held)
-            self._placement.place_buffers(anatomy.everything)
+            self._placement.place_parameters(outside)
+            self._placement.place_parameters(everything, self._held)
+            self._placement.place_buffers(everything)
         except BaseException:
             self._placement.restore()
             raise
@@ -115,6 +127,10 @@ class Layout:
                     f"{len(self.names) - 1}, '{self.names[0]}' to '{self.names[-1]}'"
                 )
         return found
+
+    def is_current(self) -> bool:
+        """Whether the blocks still hold the weights that the engine knows."""
+        return all(weight.is_current() for weights in self.weights for weight in weights)
 
     def budget(self, config: StreamConfig, engine: Engine | None) -> int:
         """The device bytes for all weights that a configuration allows now."""
@@ -165,6 +181,11 @@ def _weak(module: nn.Module) -> object:
     import weakref
 
     return weakref.ref(module)
+
+
+def _modules_of(weak: object) -> list[nn.Module]:
+    block: Any = weak() if callable(weak) else None
+    return [] if block is None else list(block.modules())
 
 
 def _bytes_of(modules: list[tuple[str, nn.Module]], only: set[int]) -> int:

@@ -38,8 +38,12 @@ class Engine:
         on_rebuild: Any,
         order: list[int] | None = None,
         vram_bytes: int | None = None,
+        *,
+        is_hooked: bool = True,
     ) -> None:
         """Plans, allocates the arena and hooks the blocks; on a failure nothing is left.
+
+        With ``is_hooked`` false the blocks are left alone until `hook`.
 
         Raises:
             ValueError: The budget is too small.
@@ -89,14 +93,17 @@ class Engine:
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
         self._capsules: list[Any] = []
+        self._hooks: list[tuple[Any, Any]] = []
         self._removers: list[Any] = []
         self._hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._made: list[list[torch.Tensor]] = []
         try:
             if layout.source is not None:
                 layout.source.check_unchanged()  # the engine has them open now: no other can come
-            self._hook()
+            self._make_hooks()
             self._bind_views()
+            if is_hooked:
+                self.hook()
         except BaseException:
             self.close()
             raise
@@ -122,7 +129,27 @@ class Engine:
         """Device bytes held."""
         return self._arena.numel() if self._number is not None else 0
 
-    def _hook(self) -> None:
+    def hook(self) -> None:
+        """Puts the hooks on the blocks; does nothing twice."""
+        if self._removers:
+            return
+        for weak, (before, after) in zip(self._layout.modules, self._hooks, strict=True):
+            module: Any = weak()  # type: ignore[operator]
+            # First before and last after, so that hooks of others see the weights bound.
+            self._removers.append(module.register_forward_pre_hook(before, prepend=True))
+            self._removers.append(module.register_forward_hook(after, always_call=True))
+
+    def unhook(self) -> None:
+        """Binds the masters and takes the hooks off; what is on the device stays there.
+
+        Raises:
+            RuntimeError: A block runs in another thread.
+        """
+        self.check_idle()
+        while self._removers:
+            self._removers.pop().remove()
+
+    def _make_hooks(self) -> None:
         for index, (name, weak) in enumerate(
             zip(self._layout.names, self._layout.modules, strict=True)
         ):
@@ -142,10 +169,7 @@ class Engine:
             self._hooked.add(module)
             self._made.append(made)
             self._capsules.append(capsule)
-            before, after = untraced.hooks(before, after)
-            # First before and last after, so that hooks of others see the weights bound.
-            self._removers.append(module.register_forward_pre_hook(before, prepend=True))
-            self._removers.append(module.register_forward_hook(after, always_call=True))
+            self._hooks.append(untraced.hooks(before, after))
 
     def _hand_over(self, tensors: list[torch.Tensor]) -> None:
         """Gives the hooks tensors as torch's C functions take them; only an op can do that."""
@@ -253,7 +277,7 @@ class Engine:
                 remover.remove()
             for module in list(self._hooked):
                 _hooked.discard(module)
-            self._capsules, self._removers = [], []
+            self._capsules, self._removers, self._hooks = [], [], []
             if number is not None:
                 _ops.destroy(number)
             self._arena = torch.empty(0, dtype=torch.uint8)

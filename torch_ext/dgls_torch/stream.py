@@ -162,22 +162,84 @@ class Stream:
             ValueError: The budget is too small; the message names the smallest that works.
             RuntimeError: The stream is detached, or a block is running.
         """
-        old, layout = self._engine, self._layout
-        if old is None or layout is None:
-            raise RuntimeError("this stream is detached; call stream() again")
+        old, layout = self._attached()
         config = self.config if vram is None else self.config.replace(vram=vram)
         old.check_idle()
         budget, rebuild = layout.budget(config, old), self._on_rebuild()
         layout.check_budget(budget)
         order = old.order()
         old.close()  # there may be no room for both
+        hooked = not self.is_suspended
         try:
-            self._parts.engine = Engine(layout, config, rebuild, order, budget)
+            self._parts.engine = Engine(
+                layout, config, rebuild, order, budget, is_hooked=hooked
+            )
         except BaseException:
-            self._parts.engine = Engine(layout, self.config, rebuild, order, old.vram_bytes)
+            self._parts.engine = Engine(
+                layout, self.config, rebuild, order, old.vram_bytes, is_hooked=hooked
+            )
             raise
         self.config = config
         return self.plan
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the model runs without the stream for now; see `suspend`."""
+        return self._hooks is None
+
+    def suspend(self) -> None:
+        """Takes the hooks off and restores the model, but keeps plan, arena and page-locks.
+
+        The model may then be used by others, and `resume` finds the resident weights where they
+        were. Its weights must not be changed in place meanwhile. Does nothing twice.
+
+        Raises:
+            RuntimeError: The stream is detached, or a block is running in another thread.
+        """
+        engine, layout = self._attached()
+        hooks, self._hooks = self._hooks, None
+        if hooks is None:
+            return
+        try:
+            engine.unhook()
+        except BaseException:
+            self._hooks = hooks
+            raise
+        hooks.remove()
+        layout.restore()
+
+    def resume(self) -> None:
+        """Puts the hooks on again after `suspend`. Does nothing twice.
+
+        Raises:
+            RuntimeError: The stream is detached, or the model is gone or has other weights now.
+        """
+        engine, layout = self._attached()
+        model = self._model()
+        if self._hooks is not None:
+            return
+        if model is None or not layout.is_current():
+            raise RuntimeError(
+                "weights of the model were replaced while its stream was suspended; detach() it "
+                "and call stream() again"
+            )
+        layout.place(model)
+        try:
+            engine.hook()
+            self._hooks = PassHooks(model, self)
+        except BaseException:
+            engine.unhook()
+            layout.restore()
+            raise
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that are streamed, so that `resume` works."""
+        return self._layout is not None and self._layout.is_current()
+
+    def _attached(self) -> tuple[Engine, Layout]:
+        if self._engine is None or self._layout is None:
+            raise RuntimeError("this stream is detached; call stream() again")
+        return self._engine, self._layout
 
     def detach(self) -> None:
         """Takes the hooks off and restores every parameter and buffer. Waits for the device."""

@@ -75,6 +75,12 @@ class Weight:
         """Whether an op that takes the parameter is sure to be given that very tensor."""
         return not self.is_entry and type(self.param) is nn.Parameter
 
+    def is_current(self) -> bool:
+        """Whether the model still has this parameter, with the bytes that were there."""
+        if any(owner.get(key) is not self.param for owner, key in self.owners):
+            return False
+        return self.is_entry or self.param.data_ptr() == self.master.data_ptr()
+
     def bound(self, views: list[torch.Tensor]) -> torch.Tensor:
         """What is bound while the block runs, made of one view for each part."""
         made = self.rebuild(views)
