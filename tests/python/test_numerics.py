@@ -307,3 +307,36 @@ def test_one_slot_and_two() -> None:
     assert plans[0].ring_bytes == least - outside
     assert not any(block.resident_bytes for block in plans[0].blocks)
     assert plans[1].streamed_bytes < plans[0].streamed_bytes
+
+
+class Copying(Pair):
+    """A wrapper that copies its scale whenever it is wrapped, as ComfyUI's quantized tensors do."""
+
+    def __init__(self, payload: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__(payload, scale.clone())
+
+
+def test_a_wrapper_that_copies_a_part_keeps_its_value() -> None:
+    model = net()
+    for block in model.blocks:
+        payload = torch.randint(-9, 9, (64, 32), dtype=torch.int8)
+        block.up.weight = nn.Parameter(Copying(payload, torch.rand(64, 1)), requires_grad=False)
+    reports = check(model, lambda m: m(inputs()))
+    streamed = [b.streamed_bytes for b in reports[0].plan.blocks]
+    assert min(streamed) >= 64 * 32, streamed
+
+
+class CopyingAll(Copying):
+    """A wrapper that shares no memory with what it was made of."""
+
+    def __init__(self, payload: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__(payload.clone(), scale)
+
+
+def test_a_wrapper_that_copies_everything_stays_on_the_device() -> None:
+    model = net()
+    payload = torch.randint(-9, 9, (64, 32), dtype=torch.int8)
+    model.blocks[2].up.weight = nn.Parameter(
+        CopyingAll(payload, torch.rand(64, 1)), requires_grad=False
+    )
+    check(model, lambda m: m(inputs()))

@@ -174,8 +174,9 @@ def _weight(
     only = _only
     if is_traceable_wrapper_subclass(param):
         inner, rebuild = _inner(param)
-        parts = [plain_part(tensor) for tensor in inner]
         check(name, inner[0] if inner else param)
+        inner, rebuild = _shared(inner, rebuild)
+        parts = [plain_part(tensor) for tensor in inner]
         if not parts or None in parts:
             return None
         found = [part for part in parts if part is not None]
@@ -186,6 +187,26 @@ def _weight(
     check(name, param)
     part = plain_part(param.data)
     return Weight(name, param, [part], [(owner, key)], False, only) if part else None
+
+
+def _shared(
+    inner: list[torch.Tensor], rebuild: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> tuple[list[torch.Tensor], Callable[[list[torch.Tensor]], torch.Tensor]]:
+    """The inner tensors that a twin shares memory with, and how to make one of those alone.
+
+    Some wrappers copy a part, such as a scale, whenever they are wrapped or detached; a twin made
+    of views would keep what was in the arena at that moment. It gets the master's value instead.
+    """
+    made = inner_tensors(nn.Parameter(rebuild(inner), requires_grad=False))
+    is_shared = [a.data_ptr() == b.data_ptr() for a, b in zip(inner, made, strict=True)]
+
+    def fill(views: list[torch.Tensor]) -> torch.Tensor:
+        given = iter(views)
+        device = views[0].device
+        pairs = zip(inner, is_shared, strict=True)
+        return rebuild([next(given) if shared else t.to(device) for t, shared in pairs])
+
+    return [t for t, shared in zip(inner, is_shared, strict=True) if shared], fill
 
 
 def _only(views: list[torch.Tensor]) -> torch.Tensor:
