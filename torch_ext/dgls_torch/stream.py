@@ -171,9 +171,7 @@ class Stream:
         old.close()  # there may be no room for both
         hooked = not self.is_suspended
         try:
-            self._parts.engine = Engine(
-                layout, config, rebuild, order, budget, is_hooked=hooked
-            )
+            self._parts.engine = Engine(layout, config, rebuild, order, budget, is_hooked=hooked)
         except BaseException:
             self._parts.engine = Engine(
                 layout, self.config, rebuild, order, old.vram_bytes, is_hooked=hooked

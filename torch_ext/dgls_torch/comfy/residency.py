@@ -1,0 +1,158 @@
+"""What the engine holds of one ComfyUI model: an attribute of the model, so it ends with it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import dgls_torch
+from dgls_torch.comfy.containers import network_blocks
+from dgls_torch.comfy.sizes import measure
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dgls_torch import Plan
+    from dgls_torch.comfy.settings import Settings
+    from dgls_torch.comfy.sizes import Sizes
+
+log = logging.getLogger("dgls_torch")
+_ATTRIBUTE = "dgls_residency"
+
+
+class Residency:
+    """The stream of one BaseModel and who answers for it.
+
+    Several patchers, clones of each other, share one BaseModel; the one that loaded it last is
+    the owner. Holds no module and no patcher, so that it keeps neither alive.
+
+    Attributes:
+        stream: The stream, suspended but while its owner samples; ``None`` without one.
+        owner: ``id`` of the patcher that loaded the model; it clears this before it dies.
+        expected: Whether the next detach is only the first half of loading the model again.
+        streams: Whether the last loading left the blocks to the engine.
+        passed_by: Why the last loading did without a stream; ``None`` when it did not.
+        latest: The last stream, for its report; it may be detached.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is held yet."""
+        self.stream: dgls_torch.Stream | None = None
+        self.owner: int | None = None
+        self.expected = False
+        self.streams = False
+        self.passed_by: str | None = "the model was not sampled yet"
+        self.latest: dgls_torch.Stream | None = None
+        self._names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(model: nn.Module) -> Residency:
+        """The residency of a BaseModel, made at first use."""
+        found = model.__dict__.get(_ATTRIBUTE)
+        if found is None:
+            found = model.__dict__[_ATTRIBUTE] = Residency()
+        assert isinstance(found, Residency)
+        return found
+
+    def __deepcopy__(self, _: Any) -> Residency:
+        """A copy of the model is not streamed."""
+        return Residency()
+
+    @property
+    def arena_bytes(self) -> int:
+        """Device bytes of blocks that are held, in use or not."""
+        return self.stream.plan.arena_bytes if self.stream is not None else 0
+
+    def attach(
+        self,
+        net: nn.Module,
+        names: tuple[str, ...],
+        vram_bytes: int,
+        device: torch.device,
+        pinned: int | str,
+    ) -> None:
+        """Streams the blocks ``names`` of ``net``; keeps the stream that is there if it fits.
+
+        Raises:
+            ValueError: The budget is too small.
+            torch.OutOfMemoryError: The device is full.
+        """
+        stream = self.stream
+        if stream is not None and (self._names != names or not stream.is_current()):
+            self.release()
+            stream = None
+        if stream is None:
+            stream = dgls_torch.stream(
+                net, vram_bytes, blocks=list(names), device=str(device), pinned=pinned
+            )
+            self.stream, self._names = stream, names
+            stream.suspend()
+        elif self._is_worth_it(stream.plan, vram_bytes):
+            stream.replan(vram_bytes)
+        self.latest, self.passed_by = stream, None
+
+    @staticmethod
+    def _is_worth_it(plan: Plan, vram_bytes: int) -> bool:
+        """Whether a larger budget is so much larger that fetching the residents again pays off.
+
+        A smaller one is no reason: what ComfyUI needs back it takes by `shrink`.
+        """
+        more = vram_bytes - plan.vram_bytes
+        missing = plan.streamed_bytes
+        return missing > 0 and more > max(1, (plan.outside_bytes + plan.block_bytes) // 16)
+
+    def resume(self) -> None:
+        """Puts the hooks on for one sampling run; without them it is right too, only slow."""
+        stream = self.stream
+        if stream is None:
+            return
+        try:
+            stream.resume()
+        except RuntimeError as error:
+            log.warning("DGLS: not streaming in this run: %s", error)
+            self.release()
+
+    def suspend(self) -> None:
+        """Takes the hooks off; what is on the device stays there."""
+        if self.stream is not None:
+            self.stream.suspend()
+
+    def shrink(self, wanted_bytes: int) -> int:
+        """Gives device memory back and says how much: part of the arena, or all of it."""
+        stream = self.stream
+        if stream is None:
+            return 0
+        held = self.arena_bytes
+        target = stream.plan.vram_bytes - wanted_bytes
+        used = stream.plan.outside_bytes + held
+        target = min(target, used - wanted_bytes)
+        if target >= stream.plan.least_vram_bytes:
+            stream.replan(target)
+        else:
+            self.release()
+        return held - self.arena_bytes
+
+    def release(self) -> int:
+        """Detaches the stream; the masters are bound and the arena is freed. Returns its bytes."""
+        stream, self.stream = self.stream, None
+        if stream is None:
+            return 0
+        held = stream.plan.arena_bytes
+        stream.detach()
+        return held
+
+
+def streamed_blocks(net: nn.Module, settings: Settings) -> list[tuple[str, nn.Module]]:
+    """The blocks of a network that settings leave to the engine.
+
+    Raises:
+        ValueError: The network has no blocks.
+    """
+    resident = set(settings.resident or ())
+    return [block for block in network_blocks(net) if block[0] not in resident]
+
+
+def sizes_of(model: nn.Module, settings: Settings) -> Sizes:
+    """The sizes of a BaseModel under settings, of which not all blocks are resident."""
+    return measure(model, streamed_blocks(model.diffusion_model, settings))  # type: ignore[arg-type]
