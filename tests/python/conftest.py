@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from comfy_path import put_on_path
 from processes import Processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 torch.set_num_threads(1)
+put_on_path()
 ROOT = Path(__file__).resolve().parents[2]
 
 

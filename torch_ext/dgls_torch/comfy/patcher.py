@@ -137,8 +137,9 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
     def is_clone(self, other: Any) -> bool:
         """As ComfyUI's; it asks the patcher to be loaded just before it detaches the loaded one."""
         result = bool(super().is_clone(other))
-        if result and self._settings() is not None:
-            self._residency().expected = True
+        residency = self._residency()
+        if result and self._settings() is not None and residency.owner == id(other):
+            residency.expected = True
         return result
 
     # ---- loading
@@ -159,6 +160,7 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
         """As ComfyUI's; a model that was loaded the other way is unloaded first."""
+        self._residency().expected = False
         offered = self.model.model_loaded_weight_memory + extra_memory
         budget = self._budget(device_to, offered)
         is_loaded = self.model.current_weight_patches_uuid is not None
@@ -203,20 +205,16 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         residency = self._residency()
         residency.owner = id(self)
         net, pinned = self.model.diffusion_model, pinned_limit()
-        try:
-            residency.attach(net, names, budget, device, pinned)
-        except torch.OutOfMemoryError as error:
-            residency.release()
-            least = self._sizes_now().least_bytes
-            smaller = int(min(budget / 2, offered))
-            log.warning("DGLS: %s", error)
-            if smaller < least:
-                residency.passed_by = f"{format_bytes(budget)} are not free on {device}"
-                return
+        smaller = int(min(budget / 2, offered))
+        for vram in (budget, max(smaller, self._sizes_now().least_bytes)):
+            if residency.attached(net, names, vram, device, pinned):
+                break
             mm.soft_empty_cache()
-            residency.attach(net, names, smaller, device, pinned)
         stream = residency.stream
-        assert stream is not None
+        if stream is None:
+            residency.passed_by = f"not even {format_bytes(vram)} are free on {device}"
+            log.warning("DGLS: %s runs from host memory: %s", self._name(), residency.passed_by)
+            return
         self.model.model_loaded_weight_memory += residency.arena_bytes
         self._tell(f"streaming {self._name()}: {stream.plan}")
 

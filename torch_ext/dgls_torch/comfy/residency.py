@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import dgls_torch
 from dgls_torch.comfy.containers import network_blocks
 from dgls_torch.comfy.sizes import measure
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from dgls_torch import Plan
@@ -63,6 +64,16 @@ class Residency:
     def arena_bytes(self) -> int:
         """Device bytes of blocks that are held, in use or not."""
         return self.stream.plan.arena_bytes if self.stream is not None else 0
+
+    def attached(self, *arguments: Any) -> bool:
+        """As `attach`; tells whether the device had room."""
+        try:
+            self.attach(*arguments)
+        except torch.OutOfMemoryError as error:
+            log.warning("DGLS: %s", error)
+            self.release()
+            return False
+        return True
 
     def attach(
         self,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dgls_torch.units import format_bytes, parse_budget
 
 #: The smallest budget that can be meant: less is a forgotten unit.
-_LEAST_BYTES = 1 << 20
+_LEAST_BYTES = 1 << 16
 
 
 class LoraMode(enum.Enum):
@@ -53,10 +53,10 @@ def parse_vram(text: object) -> int | None:
     """Reads the ``vram`` input: ``None`` for auto, else bytes.
 
     Raises:
-        ValueError: It is no size, or below 1 MiB; the message says what is allowed.
+        ValueError: It is no size, or below 64 KiB; the message says what is allowed.
         TypeError: It is neither text nor a number.
     """
-    allowed = 'allowed is "auto" or a size such as "8GiB" or "7500 MB", at least 1 MiB'
+    allowed = 'allowed is "auto" or a size such as "8GiB" or "7500 MB", at least 64 KiB'
     if isinstance(text, str) and not text.strip():
         return None
     try:

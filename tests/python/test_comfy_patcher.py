@@ -1,0 +1,414 @@
+"""The patcher: pictures are ComfyUI's own, accounting is honest, and no one else is disturbed.
+
+Goal: whatever is loaded, cloned, patched, freed, interrupted or dropped in whatever order, a
+streamed model computes what a plain one does, and a plain one finds the model as if never streamed.
+Method: small networks in a fake ComfyUI (or a real one, see comfy_world); results are compared bit
+for bit with a plain model of the same weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from comfy_world import (
+    CPU,
+    NETWORKS,
+    WIDTH,
+    Block,
+    Flux,
+    bits,
+    difference,
+    free_all,
+    mm,
+    patcher,
+    residency,
+    sample,
+)
+from torch import nn
+
+import dgls_torch
+from dgls_torch.comfy.attach import NotStreamableError, stream_model
+from dgls_torch.comfy.residency import sizes_of
+from dgls_torch.comfy.settings import LoraMode, Settings
+
+KEY = "diffusion_model.double_blocks.1.up.weight"
+
+
+def settings(model: Any, share: float = 0.6, **fields: Any) -> Settings:
+    sizes = sizes_of(model.model, Settings())
+    vram = max(sizes.least_bytes, int(share * sizes.total_bytes))
+    return Settings(vram_bytes=vram, **fields)
+
+
+def streamed(model: Any, share: float = 0.6, **fields: Any) -> Any:
+    return stream_model(model, settings(model, share, **fields))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded() -> Any:
+    yield
+    free_all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_network_in_every_budget(kind: Any, share: float) -> None:
+    expected = sample(patcher(kind))
+    model = patcher(kind)
+    before = bits(model)
+    stream = streamed(model, share)
+    for _ in range(2):
+        assert same(sample(stream), expected)
+    report = residency(stream).stream.report()  # type: ignore[union-attr]
+    assert report.uses == 2 * 2 * len(report.plan.blocks)
+    assert report.plan.streamed_bytes > 0
+    assert same(sample(model), expected)
+    assert residency(model).stream is None
+    assert bits(model) == before
+
+
+def test_the_input_is_not_changed() -> None:
+    model = patcher()
+    kind, uuid = type(model), model.patches_uuid
+    stream = streamed(model)
+    assert type(model) is kind
+    assert model.patches_uuid == uuid
+    assert model.attachments == {}
+    assert stream.model is model.model
+    assert stream.patches_uuid != uuid
+
+
+def test_nothing_is_hooked_outside_of_a_run() -> None:
+    model = patcher()
+    stream = streamed(model)
+    sample(stream)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.model.modules())
+    assert residency(stream).stream is not None
+
+
+@pytest.mark.parametrize("mode", list(LoraMode))
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lora_before_or_after(mode: LoraMode, before: bool) -> None:
+    plain = patcher().clone()
+    plain.add_patches(difference(plain, KEY, 0.25), 0.5)
+    expected = sample(plain)
+    model = patcher()
+    assert not same(expected, sample(model))
+    made = model.clone()
+    if before:
+        made.add_patches(difference(made, KEY, 0.25), 0.5)
+    made = streamed(made, lora=mode)
+    if not before:
+        made = made.clone()
+        made.add_patches(difference(made, KEY, 0.25), 0.5)
+    assert same(sample(made), expected)
+    assert same(sample(made), expected)
+
+
+def test_a_lora_of_a_resident_part() -> None:
+    key = "diffusion_model.first.weight"
+    plain = patcher()
+    plain.add_patches(difference(plain, key, 0.1))
+    stream = streamed(patcher())
+    stream.add_patches(difference(stream, key, 0.1))
+    assert same(sample(stream), sample(plain))
+
+
+def test_a_change_of_lora_keeps_what_is_on_the_device() -> None:
+    stream = streamed(patcher(), 0.95)
+    sample(stream)
+    first = residency(stream).stream
+    assert first is not None
+    resident = sum(b.resident_bytes for b in first.plan.blocks)
+    copied = first.report().h2d_bytes_total
+    other = stream.clone()
+    other.add_patches(difference(other, KEY, 0.25))
+    sample(other)
+    assert residency(other).stream is first
+    assert first.report().h2d_bytes_total - copied < resident
+
+
+def test_accounting_says_what_is_held() -> None:
+    model = patcher()
+    wanted = settings(model)
+    stream = stream_model(model, wanted)
+    total = mm.module_size(model.model)
+    assert stream.model_size() <= wanted.vram_bytes < total
+    assert stream.loaded_size() == 0
+    sample(stream)
+    held = residency(stream).arena_bytes
+    assert 0 < held <= wanted.vram_bytes
+    assert held < stream.loaded_size() <= wanted.vram_bytes
+    # Else ComfyUI would make room for the difference before every run.
+    assert stream.model_size() == stream.loaded_size()
+    free_all()
+    assert stream.loaded_size() == 0
+    assert residency(stream).stream is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 10.0])
+def test_memory_asked_back_is_given(share: float) -> None:
+    model = patcher()
+    expected = sample(patcher())
+    stream = streamed(model, 0.9)
+    sample(stream)
+    loaded, held = stream.loaded_size(), residency(stream).arena_bytes
+    freed = stream.partially_unload(CPU, int(share * held))
+    assert freed >= min(share, 1) * held
+    assert stream.loaded_size() == loaded - freed
+    assert residency(stream).arena_bytes == held - freed
+    assert same(sample(stream), expected)
+
+
+def test_memory_is_given_back_in_the_middle_of_a_run() -> None:
+    model, x = patcher(), torch.ones(3, WIDTH)
+    expected = sample(patcher(), x=x)
+    stream = streamed(model, 0.9)
+    with torch.inference_mode():
+        mm.load_models_gpu([stream])
+        stream.pre_run()
+        assert same(model.model.diffusion_model(x), expected)
+        stream.partially_unload(CPU, residency(stream).arena_bytes // 2)
+        assert same(model.model.diffusion_model(x), expected)
+        stream.partially_unload(CPU, 1 << 40)
+        assert residency(stream).stream is None
+        assert same(model.model.diffusion_model(x), expected)
+        stream.cleanup()
+
+
+def test_the_same_run_again_keeps_the_stream() -> None:
+    stream = streamed(patcher(), 0.9)
+    sample(stream)
+    first = residency(stream).stream
+    sample(stream)
+    clone = stream.clone()
+    sample(clone)
+    assert residency(stream).stream is first
+
+
+def test_a_plain_run_takes_the_stream_off_and_the_next_puts_it_on() -> None:
+    model = patcher()
+    expected = sample(patcher())
+    stream = streamed(model)
+    for _ in range(2):
+        assert same(sample(stream), expected)
+        assert residency(model).stream is not None
+        assert same(sample(model), expected)
+        assert residency(model).stream is None
+
+
+def test_a_clone_that_dies_takes_nothing_from_the_one_in_use() -> None:
+    model = patcher()
+    first = streamed(model)
+    second = first.clone()
+    sample(first)
+    sample(second)
+    held = residency(model).stream
+    assert held is not None
+    del first
+    gc.collect()
+    assert residency(model).stream is held
+    del second
+    gc.collect()
+    assert residency(model).stream is None
+    assert same(sample(model), sample(patcher()))
+
+
+def test_a_model_that_dies_ends_its_stream() -> None:
+    stream = streamed(patcher())
+    sample(stream)
+    held: Any = residency(stream).stream
+    base = weakref.ref(stream.model)
+    free_all()
+    sample(stream)
+    mm.current_loaded_models.clear()
+    del stream
+    gc.collect()
+    assert base() is None
+    with pytest.raises(RuntimeError, match="detached"):
+        held.resume()
+
+
+def test_two_models_at_once() -> None:
+    expected = [sample(patcher(seed=seed)) for seed in (1, 2)]
+    models = [streamed(patcher(seed=seed)) for seed in (1, 2)]
+    for _ in range(2):
+        assert [same(sample(m), e) for m, e in zip(models, expected, strict=True)] == [True, True]
+    uses = [residency(m).stream.report().uses for m in models]  # type: ignore[union-attr]
+    assert uses == [2 * 2 * 6] * 2
+
+
+def test_two_budgets_of_one_model() -> None:
+    model = patcher()
+    expected = sample(patcher())
+    small, large = streamed(model, 0.4), streamed(model, 0.9)
+    for stream in (small, large, small, large):
+        assert same(sample(stream), expected)
+
+
+class Interrupted(BaseException):
+    """As ComfyUI's own: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Interrupted, RuntimeError, torch.OutOfMemoryError])
+def test_a_run_that_ends_early(error: Any) -> None:
+    model = patcher()
+    expected = sample(patcher())
+    before = bits(model)
+    stream = streamed(model)
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    hook = model.model.diffusion_model.single_blocks[1].down.register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        sample(stream)
+    hook.remove()
+    assert bits(model) == before
+    assert not any(m._forward_pre_hooks for m in model.model.modules())
+    assert same(sample(stream), expected)
+    assert same(sample(model), expected)
+
+
+def test_a_model_that_fits_is_left_to_comfyui() -> None:
+    for wanted in (Settings(), Settings(vram_bytes=1 << 40)):
+        stream = stream_model(patcher(), wanted)
+        assert same(sample(stream), sample(patcher()))
+        assert residency(stream).stream is None
+        assert "fits" in str(residency(stream).passed_by)
+        assert stream.loaded_size() == mm.module_size(stream.model)
+
+
+def test_auto_takes_what_comfyui_offers() -> None:
+    model = patcher()
+    sizes = sizes_of(model.model, Settings())
+    stream = stream_model(model, Settings())
+    stream._budget = _as_on_a_gpu(stream)
+    with torch.inference_mode():
+        stream.partially_load(CPU, int(0.6 * sizes.total_bytes))
+    plan = residency(stream).stream.plan  # type: ignore[union-attr]
+    assert plan.vram_bytes == int(0.6 * sizes.total_bytes)
+    stream.partially_load(CPU, -plan.arena_bytes // 2)
+    smaller = residency(stream).stream.plan  # type: ignore[union-attr]
+    assert smaller.arena_bytes <= plan.arena_bytes // 2 + 1
+    stream.partially_load(CPU, sizes.total_bytes)
+    assert residency(stream).stream is None
+    assert stream.loaded_size() == mm.module_size(stream.model)
+
+
+def _as_on_a_gpu(stream: Any) -> Any:
+    """Budgets as on a device that is not the CPU, on which everything always fits."""
+    real = type(stream)._budget
+
+    def budget(device: Any, offered: float) -> int | None:
+        found = real(stream, device, offered)
+        if found is None and stream.why_not(device) is None:
+            sizes = stream._sizes_now()
+            if sizes.least_bytes <= offered <= sizes.total_bytes:
+                stream._residency().passed_by = None
+                return int(offered)
+        return found  # type: ignore[no-any-return]
+
+    return budget
+
+
+def test_a_budget_that_is_too_small() -> None:
+    model = patcher()
+    least = sizes_of(model.model, Settings()).least_bytes
+    words = rf"vram is .*largest block, 'double_blocks.0'.*at least .* \({least} bytes\)"
+    with pytest.raises(ValueError, match=words):
+        stream_model(model, Settings(vram_bytes=least - 1))
+    assert same(sample(stream_model(model, Settings(vram_bytes=least))), sample(patcher()))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_full_device(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    expected, real, left = sample(patcher()), dgls_torch.stream, [times]
+
+    def full(*arguments: Any, **fields: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("full")
+        return real(*arguments, **fields)
+
+    monkeypatch.setattr(dgls_torch, "stream", full)
+    stream = streamed(patcher(), 0.9)
+    assert same(sample(stream), expected)
+    assert (residency(stream).stream is None) == (times == 2)
+    assert same(sample(stream), expected)
+    assert residency(stream).stream is not None
+
+
+def test_weights_replaced_by_others_are_fetched_anew() -> None:
+    model, plain = patcher(), patcher()
+    stream = streamed(model)
+    sample(stream)
+    for each in (model, plain):
+        block = each.model.diffusion_model.single_blocks[0]
+        block.up.weight = nn.Parameter(torch.ones_like(block.up.weight), requires_grad=False)
+    assert same(sample(stream), sample(plain))
+
+
+def _compiled(model: Any) -> None:
+    model.model_options["torch_compile_kwargs"] = {}
+
+
+def _hooked(model: Any) -> None:
+    model.hook_patches = {"hook": {}}
+
+
+def _replaced(model: Any) -> None:
+    model.add_object_patch("diffusion_model.single_blocks.0", Block())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(_compiled, "compiled"), (_hooked, "hooks"), (_replaced, "module of its own")],
+)
+def test_what_cannot_stream_runs_plain_and_says_why(change: Any, words: str) -> None:
+    torch.manual_seed(1)
+    stream = streamed(patcher())
+    sample(stream)
+    other = stream.clone()
+    change(other)
+    assert words in str(other.why_not())
+    sample(other)
+    assert residency(other).stream is None
+    assert words in str(residency(other).passed_by)
+    assert same(sample(stream), sample(patcher()))
+
+
+def test_foreign_patchers_and_networks_are_refused() -> None:
+    class GGUFModelPatcher(type(patcher())):  # type: ignore[misc]
+        """Another pack's patcher."""
+
+    model = patcher()
+    model.__class__ = GGUFModelPatcher
+    with pytest.raises(NotStreamableError, match="GGUFModelPatcher"):
+        stream_model(model, Settings())
+
+    class WanAnimate2Model(Flux):
+        """Its blocks are not run by forward."""
+
+    with pytest.raises(NotStreamableError, match="WanAnimate2Model"):
+        stream_model(patcher(WanAnimate2Model), Settings())
+    with pytest.raises(NotStreamableError, match="no repeated blocks"):
+        stream_model(patcher(nn.Identity), Settings())
+
+
+def test_a_private_copy_leaves_the_original_alone() -> None:
+    model = patcher()
+    stream = stream_model(model, settings(model), private=True)
+    assert stream.model is not model.model
+    assert same(sample(stream), sample(model))
+    model.cached_patcher_init = None
+    with pytest.raises(NotStreamableError, match="load the file again"):
+        stream_model(model, settings(model), private=True)
