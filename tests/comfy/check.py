@@ -30,6 +30,14 @@ WAYS: dict[str, tuple[tuple[str, ...], str, float, bool]] = {
 }
 
 
+def start_server(
+    comfyui: Path, python: str, work: Path, *arguments: str, with_pack: bool = True
+) -> Server:
+    """A server with the test nodes, and with this pack unless told otherwise."""
+    packs = {"dgls_test_pack": HERE / "pack"} | ({"dgls": ROOT} if with_pack else {})
+    return Server(work, packs, comfyui=comfyui, python=python, arguments=(*EXACT, *arguments))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comfyui", type=Path)
@@ -53,14 +61,7 @@ def main() -> int:
     names = options.models.split(",") if options.models else list(entries)
 
     def start(*arguments: str, with_pack: bool = True) -> Server:
-        packs = {"dgls_test_pack": HERE / "pack"} | ({"dgls": ROOT} if with_pack else {})
-        return Server(
-            options.work,
-            packs,
-            comfyui=comfyui,
-            python=options.python,
-            arguments=(*EXACT, *arguments),
-        )
+        return start_server(comfyui, options.python, options.work, *arguments, with_pack=with_pack)
 
     results_file = options.work / "results.json"
     results: dict[str, Any] = {}
