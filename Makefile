@@ -3,6 +3,7 @@
 # VENVS       folder of the two environments, main and alt (default .venv)
 # PYTHON      Python that main is made from; ALT_PYTHON the same for alt (default: found)
 # ARGS        more arguments for demo, bench, doctor and gpu-check; PYTEST_ARGS for pytest
+# COMFYUI_DIR, COMFYUI_PYTHON  a ComfyUI checkout and its Python, for comfy-check
 # GPU_PYTHON  Python that runs gpu-check, with the wheel installed in it (default: main's)
 
 SHELL := bash
@@ -52,6 +53,18 @@ ifndef GPU_PYTHON
 	@$(MAKE) $(main)/.wheel
 endif
 	@PYTHON="$(or $(GPU_PYTHON),$(python))" "$(or $(GPU_PYTHON),$(python))" tests/gpu/check.py $(ARGS)
+
+# The wheel has to be installed for COMFYUI_PYTHON, which is the Python that ComfyUI runs with.
+.PHONY: comfy-check
+comfy-check: ## check the nodes in a real ComfyUI: COMFYUI_DIR=... COMFYUI_PYTHON=... [ARGS=...]
+ifndef COMFYUI_DIR
+	@echo "error: comfy-check needs COMFYUI_DIR, a ComfyUI checkout" >&2; exit 2
+endif
+	@python="$(or $(COMFYUI_PYTHON),$(python))"; "$$python" tests/comfy/contract.py "$(COMFYUI_DIR)"
+	@python="$(or $(COMFYUI_PYTHON),$(python))"; DGLS_REAL_COMFY=1 COMFYUI_DIR="$(COMFYUI_DIR)" \
+	  "$$python" -m pytest -q -W ignore tests/python/test_comfy_*.py
+	@python="$(or $(COMFYUI_PYTHON),$(python))"; "$$python" tests/comfy/check.py "$(COMFYUI_DIR)" \
+	  --python "$$python" --work $(build)/comfy --report docs/comfyui-check.md $(ARGS)
 
 # ---- tests
 

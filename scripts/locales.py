@@ -5,23 +5,23 @@ The Chinese file beside it is written by hand; a test compares its keys with the
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
     """Reads the schemas without ComfyUI: from the fake that the tests use."""
-    import sys
-
     sys.path.insert(0, str(ROOT / "tests" / "python" / "comfy_fake"))
-    import asyncio
-
     from dgls_torch.comfy.extension import DGLSExtension
 
     made = {}
-    for node in asyncio.run(DGLSExtension().get_node_list()):
+    nodes: list[Any] = asyncio.run(DGLSExtension().get_node_list())
+    for node in nodes:
         schema = node.define_schema()
         inputs = {
             field.id: {"name": field.id, "tooltip": field.options["tooltip"]}

@@ -1,6 +1,6 @@
 """Runs the whole check against a real ComfyUI: ``make comfy-check COMFYUI_DIR=...``.
 
-First the signatures that the code relies on, then every tiny model and the scenarios over HTTP.
+Every tiny model, each way of storing weights, and the scenarios, over HTTP in fresh servers.
 Writes what came out as Markdown, for docs/comfyui-check.md.
 """
 
@@ -51,8 +51,6 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     comfyui = options.comfyui.resolve()
-    contract = [options.python, str(HERE / "contract.py"), str(comfyui)]
-    bad = subprocess.run(contract, check=False).returncode
     models = options.work / "models"
     if not (models / "manifest.json").exists():
         writer = [options.python, str(HERE / "models.py"), str(comfyui), str(models)]
@@ -102,7 +100,7 @@ def main() -> int:
         from markdown import as_markdown
 
         options.report.write_text(as_markdown(results, comfyui, options.python))
-    return 1 if wrong or bad else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

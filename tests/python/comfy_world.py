@@ -15,7 +15,9 @@ from comfy.ops import disable_weight_init as ops
 from comfy_path import IS_REAL
 from torch import nn
 
-from dgls_torch.comfy.residency import Residency
+from dgls_torch.comfy.attach import stream_model
+from dgls_torch.comfy.residency import Residency, sizes_of
+from dgls_torch.comfy.settings import Settings
 
 WIDTH = 128  # a matrix of it is larger than what always stays resident
 CPU = torch.device("cpu")
@@ -218,3 +220,17 @@ def difference(model: Any, key: str, value: float) -> dict[str, Any]:
 def bits(model: Any) -> dict[str, bytes]:
     state = model.model.state_dict()
     return {name: value.numpy().tobytes() for name, value in state.items()}
+
+
+def settings(model: Any, share: float = 0.6, **fields: Any) -> Settings:
+    sizes = sizes_of(model.model, Settings())
+    vram = max(sizes.least_bytes, int(share * sizes.total_bytes))
+    return Settings(vram_bytes=vram, **fields)
+
+
+def streamed(model: Any, share: float = 0.6, **fields: Any) -> Any:
+    return stream_model(model, settings(model, share, **fields))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from comfy.model_patcher import ModelPatcher
 
 from dgls_torch.comfy.containers import network_blocks, unsupported
+from dgls_torch.comfy.oom import with_room
 from dgls_torch.comfy.patcher import KEY, StreamPatcher
 from dgls_torch.comfy.residency import sizes_of
 
@@ -48,6 +49,8 @@ def stream_model(model: Any, settings: Settings, *, private: bool = False) -> St
     except ValueError as error:
         raise NotStreamableError(str(error)) from error
     made.set_attachments(KEY, settings)
+    made.remove_wrappers_with_key("apply_model", KEY)  # a model that is streamed already has it
+    made.add_wrapper_with_key("apply_model", KEY, with_room)
     # A clone that is loaded completely counts as loaded, blocks and all, while its patches are the
     # same; other patches make ComfyUI load it anew.
     made.patches_uuid = uuid.uuid4()

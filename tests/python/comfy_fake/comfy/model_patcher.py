@@ -103,6 +103,8 @@ class ModelPatcher:
         for key, value in self.attachments.items():
             cloned = getattr(value, "on_model_patcher_clone", None)
             n.attachments[key] = value if cloned is None else cloned()
+        for kind, by_key in self.wrappers.items():
+            n.wrappers[kind] = {key: list(value) for key, value in by_key.items()}
         n.hook_patches = dict(self.hook_patches)
         n.cached_patcher_init = self.cached_patcher_init
         return n
@@ -112,6 +114,12 @@ class ModelPatcher:
 
     def add_object_patch(self, name, obj):
         self.object_patches[name] = obj
+
+    def add_wrapper_with_key(self, wrapper_type, key, wrapper):
+        self.wrappers.setdefault(wrapper_type, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, wrapper_type, key):
+        self.wrappers.get(wrapper_type, {}).pop(key, None)
 
     def set_attachments(self, key, attachment):
         self.attachments[key] = attachment
