@@ -114,7 +114,7 @@ def test_a_budget_that_is_too_small() -> None:
     assert same(sample(stream_model(model, Settings(vram_bytes=least))), sample(patcher()))
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_full_device(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     expected, real, left = sample(patcher()), dgls_torch.stream, [times]
 
@@ -127,7 +127,11 @@ def test_a_full_device(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     monkeypatch.setattr(dgls_torch, "stream", full)
     stream = streamed(patcher(), 0.9)
     assert same(sample(stream), expected)
-    assert (residency(stream).stream is None) == (times == 2)
+    assert (residency(stream).stream is None) == (times == 3)
+    if times < 3:
+        share = {1: 0.9, 2: 0.45}[times]
+        asked = int(share * sizes_of(stream.model, Settings()).total_bytes)
+        assert abs(residency(stream).stream.plan.vram_bytes - asked) <= 1  # type: ignore[union-attr]
     assert same(sample(stream), expected)
     assert residency(stream).stream is not None
 

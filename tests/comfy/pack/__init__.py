@@ -94,12 +94,20 @@ class TestLatent(io.ComfyNode):
 
 
 class _PartlyLoaded(ModelPatcher):
-    """ComfyUI's own partial loading, forced: every weight is offloaded, LoRAs are on the fly."""
+    """ComfyUI's own partial loading, forced: every weight is offloaded, LoRAs are on the fly.
+
+    A weight that is no operation of ComfyUI's (HiDream's MoEGate) cannot be patched at use; partial
+    loading without room for it drops its patch. It is patched here, as with room.
+    """
 
     def load(
         self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False
     ):
-        return super().load(device_to, 0.1, force_patch_weights, False)
+        super().load(device_to, 0.1, force_patch_weights, False)
+        for *_, name, module, params in self._load_list():
+            if not hasattr(module, "comfy_cast_weights"):
+                for param in params:
+                    self.patch_weight_to_device(f"{name}.{param}", device_to)
 
 
 class TestPartly(io.ComfyNode):

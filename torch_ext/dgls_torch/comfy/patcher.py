@@ -205,8 +205,9 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         residency = self._residency()
         residency.owner = id(self)
         net, pinned = self.model.diffusion_model, pinned_limit()
-        smaller = int(min(budget / 2, offered))
-        for vram in (budget, max(smaller, self._sizes_now().least_bytes)):
+        smaller = max(int(min(budget / 2, offered)), self._sizes_now().least_bytes)
+        # The same again: the first time what torch holds in fragments may be in the way.
+        for vram in (budget, budget, smaller):
             if residency.attached(net, names, vram, device, pinned):
                 break
             mm.soft_empty_cache()
