@@ -139,15 +139,17 @@ class Scenarios:
         """Casts make the blocks smaller, change pictures little, and no one else's."""
         vram = self.half["inputs"]["vram"]
         whole = self.block_bytes(original(self.wan, vram=vram), 0)
-        # The file's numbers are bf16, which f16 holds too: those casts lose nothing.
-        sizes = {"bf16": 0.51, "f16": 0.51, "nf4": 0.51, "f8_e4m3": 0.27, "fp4": 0.2}
-        for name, share in sizes.items():
+        # The file's numbers are bf16, of which f16 holds all but the smallest.
+        sizes = {"bf16": (0.51, 0.0), "f16": (0.51, 0.01), "nf4": (0.51, 0.0)}
+        sizes |= {"f8_e4m3": (0.27, 0.5), "fp4": (0.2, 0.9)}
+        for name, (share, error) in sizes.items():
             workflow = original(self.wan, vram="auto", gpu_layer_indices="0", prefetch=1)
             workflow["swap"]["inputs"]["cast_target"] = f"bf16 f16, f32 {name}"
-            found = self.block_bytes(workflow, 0.5 if share < 0.5 else 0.0)
+            found = self.block_bytes(workflow, error)
             assert found < share * whole * 5 / 6, f"{name}: {found} of {whole} bytes"
             self.same(original(self.wan, vram=vram))
-        for name, error in {"fp16": 0, "bf16": 0, "fp8_e4m3": 0.5, "fp4": 0.9, "nf4": 0}.items():
+        errors = {"fp16": 0.01, "bf16": 0.0, "fp8_e4m3": 0.5, "fp4": 0.9, "nf4": 0.0}
+        for name, error in errors.items():
             workflow = original(self.wan, gpu_layer_indices="0", full_cast=name)
             assert self.block_bytes(workflow, error) < 0.51 * whole, name
         for name in ("fp16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"):
@@ -161,7 +163,7 @@ class Scenarios:
         assert data["reason"] is None, data["reason"]
         error = (outputs["save"] - self.plain).abs().max() / self.plain.abs().max()
         assert error <= most, f"differs by {error:.3f} of the largest value"
-        assert most == 0 or error > 0, "had no effect"
+        assert most < 0.1 or error > 0, "had no effect"
         return sum(kept + moved for _, kept, moved in data["blocks"])
 
     def mistakes(self) -> None:

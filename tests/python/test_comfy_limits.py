@@ -16,6 +16,7 @@ from comfy_world import (
     Block,
     Flux,
     bits,
+    difference,
     free_all,
     mm,
     patcher,
@@ -37,6 +38,9 @@ from dgls_torch.comfy.settings import Settings
 def _nothing_is_loaded() -> Any:
     yield
     free_all()
+
+
+KEY = "diffusion_model.double_blocks.1.up.weight"
 
 
 class Interrupted(BaseException):
@@ -131,7 +135,8 @@ def test_a_full_device(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     if times < 3:
         share = {1: 0.9, 2: 0.45}[times]
         asked = int(share * sizes_of(stream.model, Settings()).total_bytes)
-        assert abs(residency(stream).stream.plan.vram_bytes - asked) <= 1  # type: ignore[union-attr]
+        held: Any = residency(stream).stream
+        assert abs(held.plan.vram_bytes - asked) <= 1
     assert same(sample(stream), expected)
     assert residency(stream).stream is not None
 
@@ -241,6 +246,28 @@ def test_foreign_patchers_and_networks_are_refused() -> None:
         stream_model(patcher(WanAnimate2Model), Settings())
     with pytest.raises(NotStreamableError, match="no repeated blocks"):
         stream_model(patcher(nn.Identity), Settings())
+
+
+def test_dynamic_vram_is_left_by_the_official_door() -> None:
+    class Dynamic(type(patcher())):  # type: ignore[misc]
+        """As ComfyUI's default on NVIDIA."""
+
+        def is_dynamic(self) -> bool:
+            return True
+
+    model = patcher()
+    model.__class__ = Dynamic
+    model.add_patches(difference(model, KEY, 0.25))
+    expected = patcher()
+    expected.add_patches(difference(expected, KEY, 0.25))
+    stream = streamed(model)
+    assert stream.model is not model.model
+    assert not stream.is_dynamic()
+    assert same(sample(stream), sample(expected))
+    assert residency(stream).latest is not None
+    model.cached_patcher_init = None
+    with pytest.raises(NotStreamableError, match="load the file again"):
+        streamed(model)
 
 
 def test_a_private_copy_leaves_the_original_alone() -> None:

@@ -11,6 +11,7 @@ import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher, get_key_weight
 
 from dgls_torch.comfy.containers import unsupported
+from dgls_torch.comfy.lora import Factors, factors
 from dgls_torch.comfy.residency import Residency, sizes_of, streamed_blocks
 from dgls_torch.comfy.settings import LoraMode, Settings
 from dgls_torch.units import format_bytes
@@ -37,6 +38,8 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
 
     Made by `dgls_torch.comfy.attach.stream_model` out of a clone; clones of it are of this class.
     """
+
+    _factors: Factors | None = None  # of the class: patchers are made into this one when they are
 
     def _settings(self) -> Settings | None:
         # ModelPatcher.__init__ calls methods of this class before there are attachments.
@@ -195,8 +198,13 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         with self._skipping({module for _, block in blocks for module in block.modules()}):
             super().load(device_to, _ALL, force_patch_weights, False)
         baked = force_patch_weights or settings.lora is LoraMode.BAKED
-        self._patch_blocks([block for _, block in blocks], device, baked)
+        room = budget - self._sizes(settings).least_bytes
+        self._patch_blocks([block for _, block in blocks], device, baked, room)
         self.model.model_lowvram = True  # so that ComfyUI takes off what _patch_blocks put on
+        held = self._factors.device_bytes if self._factors is not None else 0
+        self.model.model_loaded_weight_memory += held
+        spared = settings.reserve_bytes if settings.vram_bytes is None else 0
+        budget -= max(0, held - spared)
         self._attach(tuple(name for name, _ in blocks), budget, device, offered)
 
     def _attach(
@@ -232,13 +240,19 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         finally:
             self._dgls_skipped = set()
 
-    def _patch_blocks(self, blocks: list[nn.Module], device: torch.device, baked: bool) -> None:
+    def _patch_blocks(
+        self, blocks: list[nn.Module], device: torch.device, baked: bool, room: int
+    ) -> None:
         """Switches on cast at use, and puts LoRAs in place, for the modules of the blocks."""
         inside = {module for block in blocks for module in block.modules()}
+        modules = [(n, m) for n, m in self.model.named_modules() if m in inside]
+        if baked:
+            self._factors = None
+        elif self._factors is None or self._factors.version != self.patches_uuid:
+            used = (f"{name}.{param}" for name, _ in modules for param in ("weight", "bias"))
+            self._factors = factors(self.patches, used, device, room, self.patches_uuid)
         count = 0
-        for name, module in self.model.named_modules():
-            if module not in inside:
-                continue
+        for name, module in modules:
             keys = [f"{name}.{param}" for param in module._parameters]
             castable = hasattr(module, "comfy_cast_weights")
             for key in keys:
@@ -260,9 +274,10 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         for param in ("weight", "bias"):
             key = f"{name}.{param}"
             functions: list[Any] = []
-            if key in self.patches and not baked:
+            if self._factors is not None and key in self._factors.patches:
                 _, set_func, convert_func = get_key_weight(self.model, key)
-                functions.append(LowVramPatch(key, self.patches, convert_func, set_func))
+                patches = self._factors.patches
+                functions.append(LowVramPatch(key, patches, convert_func, set_func))
                 count += 1
             functions += self.weight_wrapper_patches.get(key, [])
             setattr(module, f"{param}_function", functions)
@@ -312,6 +327,7 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
             if unpatch_all or not residency.expected:
                 self._release()
                 residency.owner = None
+                self._factors = None
             residency.expected = False
         return super().detach(unpatch_all)  # type: ignore[no-any-return]
 

@@ -105,13 +105,13 @@ class Residency:
 
     @staticmethod
     def _is_worth_it(plan: Plan, vram_bytes: int) -> bool:
-        """Whether a larger budget is so much larger that fetching the residents again pays off.
+        """Whether another budget is so different that fetching the residents again pays off.
 
-        A smaller one is no reason: what ComfyUI needs back it takes by `shrink`.
+        Larger, it has to be a sixteenth of the model. Smaller, it is a LoRA that came: what
+        ComfyUI itself needs back it takes by `shrink`.
         """
-        more = vram_bytes - plan.vram_bytes
-        missing = plan.streamed_bytes
-        return missing > 0 and more > max(1, (plan.outside_bytes + plan.block_bytes) // 16)
+        more, total = vram_bytes - plan.vram_bytes, plan.outside_bytes + plan.block_bytes
+        return -more > total // 64 or (plan.streamed_bytes > 0 and more > max(1, total // 16))
 
     def resume(self) -> None:
         """Puts the hooks on for one sampling run; without them it is right too, only slow."""
@@ -166,4 +166,5 @@ def streamed_blocks(net: nn.Module, settings: Settings) -> list[tuple[str, nn.Mo
 
 def sizes_of(model: nn.Module, settings: Settings) -> Sizes:
     """The sizes of a BaseModel under settings, of which not all blocks are resident."""
-    return measure(model, streamed_blocks(model.diffusion_model, settings))  # type: ignore[arg-type]
+    net: Any = model.diffusion_model
+    return measure(model, streamed_blocks(net, settings))

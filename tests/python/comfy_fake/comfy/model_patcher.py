@@ -87,11 +87,13 @@ class ModelPatcher:
 
     def clone(self, disable_dynamic=False, model_override=None, force_deepcopy=False):
         model, backups = self.model, (self.backup, self.object_patches_backup)
-        if force_deepcopy:
+        kind = self.__class__
+        leaves = self.is_dynamic() and disable_dynamic
+        if leaves or force_deepcopy:
+            kind = ModelPatcher if leaves else kind
             function, arguments = self.cached_patcher_init
             made = function(*arguments, disable_dynamic=True)
             model, backups = made.model, (made.backup, made.object_patches_backup)
-        kind = self.__class__
         n = kind(model, self.load_device, self.offload_device, self.model_size())
         n.patches = {key: list(value) for key, value in self.patches.items()}
         n.patches_uuid = self.patches_uuid
