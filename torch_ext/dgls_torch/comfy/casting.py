@@ -54,8 +54,8 @@ def cast_modules(
             if made is None or target is None:
                 continue
             done[f"{short_name(param.dtype)} to {short_name(target)}"] += 1
-            with torch.inference_mode(False):
-                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+            # In the mode that ComfyUI is in: its quantised tensors cannot be detached in another.
+            module._parameters[name] = nn.Parameter(made, requires_grad=False)
             module.comfy_cast_weights = True  # type: ignore[assignment]
             if target == FP4:
                 _know_quantized(module)
@@ -64,8 +64,8 @@ def cast_modules(
 
 def _cast(param: torch.Tensor, target: Format) -> torch.Tensor | None:
     """The weight in another format; ``None`` where it stays as it is."""
-    with torch.inference_mode(False), torch.no_grad():
-        source = param.detach().clone() if param.is_inference() else param.detach()
+    with torch.no_grad():
+        source = param.detach()
         if isinstance(target, torch.dtype):
             low = target in _EIGHT_BITS and param.ndim < 2
             return None if low or target == param.dtype else source.to(target)
