@@ -340,3 +340,12 @@ def test_a_wrapper_that_copies_everything_stays_on_the_device() -> None:
         CopyingAll(payload, torch.rand(64, 1)), requires_grad=False
     )
     check(model, lambda m: m(inputs()))
+
+
+def test_a_wrapper_outside_of_blocks_counts_what_it_takes() -> None:
+    model = net()
+    plain = budgets(model)[0]
+    payload = torch.randint(-9, 9, (32, 32), dtype=torch.int8)
+    model.first.weight = nn.Parameter(Pair(payload, torch.rand(32, 1)), requires_grad=False)
+    with dgls_torch.stream(model, 1 << 30, device="cpu") as s:
+        assert s.plan.least_vram_bytes == plain - 32 * 32 * 4 + 32 * 32 + 32 * 4

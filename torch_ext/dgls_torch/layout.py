@@ -65,7 +65,7 @@ class Anatomy:
             self.weights.append(moved)
             self.held |= {id(param) for param in stays}
         buffers = [module for _, module in self.everything]
-        of_blocks = _bytes_of(self.everything, self.held - kept)
+        of_blocks = outside_bytes(self.everything, [], self.held - kept)
         self.outside_bytes = outside_bytes(self.outside, buffers) + of_blocks
 
 
@@ -186,11 +186,6 @@ def _weak(module: nn.Module) -> object:
 def _modules_of(weak: object) -> list[nn.Module]:
     block: Any = weak() if callable(weak) else None
     return [] if block is None else list(block.modules())
-
-
-def _bytes_of(modules: list[tuple[str, nn.Module]], only: set[int]) -> int:
-    sizes = {id(p): p.numel() * p.element_size() for _, _, _, p in parameters_of(modules)}
-    return sum(size for key, size in sizes.items() if key in only)
 
 
 def empty_arena(size: int, device: torch.device) -> torch.Tensor:

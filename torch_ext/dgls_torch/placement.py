@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dgls_torch.weights import file_part, parameters_of
+from dgls_torch.weights import file_part, inner_tensors, parameters_of
 
 if TYPE_CHECKING:
     from dgls_torch.files import SafetensorsSource
@@ -147,11 +147,15 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    # A wrapper tells the size that it stands for, which may be eight times what it takes.
+    return sum(t.numel() * t.element_size() for t in inner_tensors(tensor) or [tensor])
 
 
-def outside_bytes(modules: list[tuple[str, nn.Module]], buffers: list[nn.Module]) -> int:
+def outside_bytes(
+    modules: list[tuple[str, nn.Module]], buffers: list[nn.Module], only: set[int] | None = None
+) -> int:
     """Bytes that `Placement` would hold for these modules' parameters and those buffers."""
-    params = {id(p): _bytes(p) for _, _, _, p in parameters_of(modules)}
+    found = [p for _, _, _, p in parameters_of(modules) if only is None or id(p) in only]
+    params = {id(p): _bytes(p) for p in found}
     held = [b for module in buffers for b in module._buffers.values() if b is not None]
     return sum(params.values()) + sum(_bytes(b) for b in held)
