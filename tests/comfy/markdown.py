@@ -53,7 +53,7 @@ def as_markdown(results: dict[str, Any], comfyui: Path, python: str) -> str:
             lines.append(f"| {name} | " + " | ".join("".join(cell) for cell in cells) + " |")
     text = HEAD + "\n".join(lines) + "\n"
     if "scenarios" in results:
-        rows = [f"| {story} | {found} |" for story, found in results["scenarios"].items()]
+        rows = [f"| {story} | {found.strip()} |" for story, found in results["scenarios"].items()]
         text += (
             STORIES + "\n".join(["| scenario | as without the pack |", "|---|---|", *rows]) + "\n"
         )
