@@ -320,7 +320,7 @@ impl Handle {
     }
 
     fn plan_in_force(&self) -> Result<ffi::PlanFacts> {
-        fence(|| Ok(facts_of(&self.engine.plan())))
+        fence(|| Ok(facts_of(&self.engine.forecast())))
     }
 
     fn layout(&self) -> Result<Vec<ffi::UseLayout>> {

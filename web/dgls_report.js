@@ -140,7 +140,7 @@ function facts(data, parent) {
   };
   const used = data.outside_bytes + data.arena_bytes;
   fact("memory", `${bytes(used)} of ${bytes(data.vram_bytes)} on ${data.device}`);
-  fact("slots", data.slots ? `${data.slots} of ${bytes(data.slot_bytes)}` : "none");
+  fact("ring", data.ring_bytes ? bytes(data.ring_bytes) : "none");
   fact("passes", `${data.passes}`);
   if (data.pass_ms !== null) {
     const share = (100 * data.stall_ms) / Math.max(data.pass_ms, 1e-9);

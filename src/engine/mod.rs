@@ -29,7 +29,7 @@ pub use tuner::{PassTimes, Reason, Tuner};
 use self::core::{Before, Core};
 use crate::driver::{ComputeStream, Device, Source};
 use crate::error::{Error, Result};
-use crate::plan::{Plan, Profile, plan};
+use crate::plan::{Plan, Profile, bound_s, period_s, plan};
 use crate::pool::Arena;
 
 /// What an engine is made with.
@@ -215,6 +215,19 @@ impl Engine {
     /// The plan in force.
     pub fn plan(&self) -> Plan {
         self.core.lock().plan.clone()
+    }
+
+    /// The plan in force, with what it should take by the times measured so far.
+    pub fn forecast(&self) -> Plan {
+        let (mut plan, profile, budget_bytes) = {
+            let core = self.core.lock();
+            (core.plan.clone(), core.best_profile(), core.spec.budget_bytes)
+        };
+        if let Ok(period_s) = period_s(&profile, &plan) {
+            plan.period_s = Some(period_s);
+            plan.bound_s = bound_s(&profile, budget_bytes).ok();
+        }
+        plan
     }
 
     /// Counts so far.

@@ -272,6 +272,20 @@ fn find_in(problem: &mut Problem, all: impl FnOnce() -> Problem) -> Result<Found
     }
 }
 
+/// Seconds of a pass that no policy beats within `budget_bytes`: compute, and the bytes that do not
+/// fit over the rate of the link.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] when the profile has no times or makes no sense.
+pub fn bound_s(profile: &Profile, budget_bytes: u64) -> Result<f64> {
+    profile.check()?;
+    if profile.times.is_none() {
+        return Err(Error::Invalid("a bound needs times".into()));
+    }
+    Ok(Problem::new(profile, budget_bytes, u64::MAX).lower_bound_s())
+}
+
 /// The seconds of a pass that `plan` would take with the times of `profile`, by exact simulation.
 ///
 /// # Errors
@@ -284,7 +298,7 @@ pub fn period_s(profile: &Profile, plan: &Plan) -> Result<f64> {
     {
         return Err(Error::Invalid("the plan was made for another order, or without times".into()));
     }
-    let problem = Problem::new(profile, u64::MAX, 0);
+    let problem = Problem::new(profile, u64::MAX, u64::MAX); // no way to split is needed
     Ok(steps::period_of(&problem, &plan.program))
 }
 

@@ -32,9 +32,9 @@ class Plan:
         outside_bytes: What of it the weights and buffers outside of the streamed tensors take.
         arena_bytes: What the resident tensors and the ring take.
         ring_bytes: Size of the ring that the streamed tensors go through.
-        predicted_s: Seconds of a pass, by exact simulation with the times measured when the plan
-            was made; ``None`` before that.
-        predicted_bound_s: What no plan could be faster than then.
+        predicted_s: Seconds of a pass, by exact simulation with the times measured so far; ``None``
+            before any were.
+        predicted_bound_s: What no plan could be faster than with those times.
         streamed_bytes: Bytes copied in each pass.
         least_vram_bytes: The smallest budget with which this model runs.
         blocks: One entry for each block, in order of first use.

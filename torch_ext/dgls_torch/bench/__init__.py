@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from dgls_torch.bench import calls, models
+from dgls_torch.bench import calls, models, planning
 from dgls_torch.demo.sample import SIZES
 
 
 def main(argv: list[str]) -> int:
-    """Prints the table of block calls, then the one of whole models; returns 0."""
+    """Prints tables of block calls, of the planner and of whole models; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m dgls_torch bench", description=__doc__)
     parser.add_argument("--device", default=None, help="cpu, cuda; default: CUDA when there is any")
     parser.add_argument("--rounds", type=int, default=60, help="calls of each kind; default 60")
@@ -17,8 +17,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default="flux,wan", help="which; 'none' leaves them out")
     parser.add_argument("--size", default=None, choices=SIZES, help="default: tiny, on CUDA medium")
     parser.add_argument("--passes", type=int, default=6, help="timed passes of each; default 6")
+    parser.add_argument(
+        "--planner", action=argparse.BooleanOptionalAction, default=True, help="default: yes"
+    )
     options = parser.parse_args(argv)
     calls.run(options.device, options.rounds, options.busy_us)
+    if options.planner:
+        print()
+        planning.run()
     names = [name for name in options.model.split(",") if name != "none"]
     for name in names:
         print()

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _SHARES = (0.75, 0.5, 0.25, 0.1)
-_WARM_UP = 2
+# Enough for a plan for the measured times to be found and taken up.
+_WARM_UP = 6
 
 
 def _random(case: Case) -> nn.Module:

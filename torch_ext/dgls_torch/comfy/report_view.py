@@ -39,8 +39,7 @@ def report_data(name: str, residency: Residency) -> dict[str, Any]:
         "vram_bytes": plan.vram_bytes,
         "outside_bytes": plan.outside_bytes,
         "arena_bytes": plan.arena_bytes,
-        "slots": plan.slots,
-        "slot_bytes": plan.slot_bytes,
+        "ring_bytes": plan.ring_bytes,
         "streamed_bytes": plan.streamed_bytes,
         "blocks": [[b.name, b.resident_bytes, b.streamed_bytes] for b in plan.blocks],
         "passes": report.passes,
@@ -57,7 +56,7 @@ def report_data(name: str, residency: Residency) -> dict[str, Any]:
 
 
 def _summary(plan: Plan, report: Report) -> str:
-    kept = plan.arena_bytes - plan.slots * plan.slot_bytes
+    kept = plan.arena_bytes - plan.ring_bytes
     parts = [
         f"{format_bytes(plan.outside_bytes + kept)} resident",
         f"{format_bytes(plan.streamed_bytes)} streamed in each pass",
