@@ -1,5 +1,6 @@
-//! What the schedule decides and the executor does.
+//! What the schedule decides and the executor does, and what a schedule may be told.
 
+use super::review::Adapt;
 use crate::driver::EventSlot;
 
 /// One thing to enqueue. The first group goes to the copy stream, in order; the second to the
@@ -54,4 +55,17 @@ pub enum Command {
     },
     /// Compute stream: mark *done*.
     Release(EventSlot),
+}
+
+/// What an engine may change about its schedule.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Fill the streamed bytes of a use with 0xFF when it is over.
+    pub poison: bool,
+    /// Mark times: in the first four cycles, later in two of eight.
+    pub timing: bool,
+    /// Look for better plans, with the times of those cycles and of others where times changed.
+    pub adapt: Adapt,
+    /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
+    pub early: u64,
 }

@@ -18,11 +18,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-pub use command::Command;
+pub use command::{Command, Options};
 pub use executor::Weight;
 pub use order::Order;
 pub use review::Adapt;
-pub use schedule::{Entered, Options, Schedule};
+pub use schedule::{Entered, Schedule};
 pub use trace::{Counters, Record, Trace};
 pub use tuner::{PassTimes, Reason, Tuner};
 

@@ -17,7 +17,7 @@
 
 use std::sync::Arc;
 
-use super::command::Command;
+use super::command::{Command, Options};
 use super::review::Adapt;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
@@ -71,19 +71,6 @@ pub struct Schedule {
     /// Cycles that are timed besides the usual ones.
     sampled: std::ops::Range<u64>,
     options: Options,
-}
-
-/// What an engine may change about its schedule.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Options {
-    /// Fill the streamed bytes of a use with 0xFF when it is over.
-    pub poison: bool,
-    /// Mark times: in the first four cycles, later in two of eight.
-    pub timing: bool,
-    /// Look for better plans, with the times of those cycles and of others where times changed.
-    pub adapt: Adapt,
-    /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
-    pub early: u64,
 }
 
 impl Schedule {

@@ -1,7 +1,7 @@
 //! Learns times from what ran, and says when another plan should be looked for. Pure.
 //!
-//! Cycles are timed by sample; of the others only how long a pass took, which tells when a sample is
-//! due.
+//! Cycles are timed by sample; of the others only how long a pass took, which tells when a sample
+//! is due.
 //!
 //! ```text
 //! c_i <- 0.6 c_i + 0.4 measured,  B <- 0.6 B + 0.4 measured     after each timed pass
@@ -75,8 +75,8 @@ impl Tuner {
         Self { due: 1, ..Self::default() }
     }
 
-    /// A pass took `span_s` seconds, from its beginning to that of the next one. Says whether that is
-    /// another time than before.
+    /// A pass took `span_s` seconds, from its beginning to that of the next one. Says whether that
+    /// is another time than before.
     pub fn is_news(&mut self, span_s: f64) -> bool {
         let before = self.span_s.replace(span_s);
         before.is_some_and(|before| moved(before, span_s, MISSED))

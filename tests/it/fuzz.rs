@@ -1,5 +1,5 @@
-//! Goal: no text makes the planner's JSON form panic, run without end or allocate by a number that it
-//! was given; whatever is not a plan is a refusal that says why.
+//! Goal: no text makes the planner's JSON form panic, run without end or allocate by a number that
+//! it was given; whatever is not a plan is a refusal that says why.
 //! Method: inputs that are right, then changed at random, as text and as values. `DGLS_SEEDS`
 //! multiplies the rounds.
 

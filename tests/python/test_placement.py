@@ -67,9 +67,9 @@ def test_everything_moves_and_comes_back(placed: Callable[[nn.Module], Placement
     moved = {name: p.data_ptr() for name, p in model.state_dict().items() if name != "wrapped"}
     assert not set(where.values()) & set(moved.values())
     assert model.tied.weight is model.linear.weight
-    assert placement.bytes == sum(
-        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
-    )
+    plain = [t for t in [*model.parameters(), *model.buffers()] if t is not model.wrapped]
+    parts = [*plain, model.wrapped.payload, model.wrapped.scale]
+    assert placement.bytes == sum(part.numel() * part.element_size() for part in parts)
     for _ in range(2):
         placement.restore()
         before.check(model)

@@ -5,9 +5,11 @@ mod api;
 mod batch;
 mod clock;
 mod locks;
+mod slot;
 mod stream;
 
 use std::ffi::c_void;
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 
@@ -15,7 +17,8 @@ pub use self::api::driver_version;
 use self::batch::Batches;
 use self::clock::Clock;
 use self::locks::Locks;
-use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, EVENT_UNTIMED, Event, Primary};
+use self::slot::Slot;
+use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, Event, Primary};
 use super::host::shim::{self, WeightFile};
 use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
@@ -34,15 +37,6 @@ pub struct CudaOptions {
     pub files: Vec<WeightFile>,
     /// Whether events carry times.
     pub timing: bool,
-}
-
-#[derive(Debug)]
-struct Slot {
-    copy_start: Option<Event>,
-    ready: Event,
-    wait: Option<Event>,
-    start: Option<Event>,
-    done: Event,
 }
 
 /// A CUDA device. Fields drop in order: events and stream before the context.
@@ -142,29 +136,15 @@ fn host_address(copy: &H2d) -> Result<u64> {
 }
 
 /// Records an event, if there is one, on the compute stream.
-fn record(event: Option<&Event>, compute: ComputeStream) -> Result<()> {
-    event.map_or(Ok(()), |event| event.record(index(compute.0) as api::Stream))
-}
-
 impl Device for CudaDevice {
     fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
         let _bound = self.primary.bind()?;
         let api = self.primary.api;
-        let flags = if self.timing { EVENT_TIMED } else { EVENT_UNTIMED };
-        let timed = || if self.timing { Event::new(api, flags).map(Some) } else { Ok(None) };
-        let new_slot = |_| {
-            Ok(Slot {
-                copy_start: timed()?,
-                ready: Event::new(api, flags)?,
-                wait: timed()?,
-                start: timed()?,
-                done: Event::new(api, flags)?,
-            })
-        };
-        let made: Vec<Slot> = (0..slots).map(new_slot).collect::<Result<_>>()?;
+        let made: Vec<Slot> =
+            (0..slots).map(|_| Slot::new(api, self.timing)).collect::<Result<_>>()?;
         let ends = (0..chunks).map(|_| Event::new(api, EVENT_BLOCKING)).collect::<Result<_>>()?;
         *self.clock.lock() = if self.timing {
-            let (origin, next) = (Event::new(api, flags)?, Event::new(api, flags)?);
+            let (origin, next) = (Event::new(api, EVENT_TIMED)?, Event::new(api, EVENT_TIMED)?);
             Some(Clock::start(origin, next, self.copy_stream.raw)?)
         } else {
             None
@@ -218,29 +198,48 @@ impl Device for CudaDevice {
     }
 
     fn mark_copy_start(&self, slot: EventSlot) -> Result<()> {
-        self.on(slot, |events| match &events.copy_start {
-            Some(event) => event.record(self.copy_stream.raw),
-            None => Ok(()),
+        let stream = self.copy_stream.raw;
+        self.on(slot, |events| {
+            let Some(timed) = &events.timed else { return Ok(()) };
+            events.times_copies.store(true, Ordering::Relaxed);
+            timed.copy_start.record(stream)
         })
     }
 
     fn mark_ready(&self, slot: EventSlot) -> Result<()> {
-        self.on(slot, |events| events.ready.record(self.copy_stream.raw))
+        let stream = self.copy_stream.raw;
+        self.on(slot, |events| {
+            if let Some(timed) = events.timed_now(&events.times_copies) {
+                timed.copy_end.record(stream)?;
+            }
+            events.ready.record(stream)
+        })
     }
 
     fn mark_wait(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
-        self.on(slot, |events| record(events.wait.as_ref(), compute))
+        self.on(slot, |events| {
+            let Some(timed) = &events.timed else { return Ok(()) };
+            events.times_compute.store(true, Ordering::Relaxed);
+            timed.wait.record(index(compute.0) as api::Stream)
+        })
     }
 
     fn wait_ready(&self, slot: EventSlot, compute: ComputeStream, timed: bool) -> Result<()> {
+        let stream = index(compute.0) as api::Stream;
         self.on(slot, |events| {
-            events.ready.hold(index(compute.0) as api::Stream)?;
-            record(events.start.as_ref().filter(|_| timed), compute)
+            events.ready.hold(stream)?;
+            events.timed.as_ref().filter(|_| timed).map_or(Ok(()), |t| t.start.record(stream))
         })
     }
 
     fn mark_done(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
-        self.on(slot, |events| events.done.record(index(compute.0) as api::Stream))
+        let stream = index(compute.0) as api::Stream;
+        self.on(slot, |events| {
+            if let Some(timed) = events.timed_now(&events.times_compute) {
+                timed.end.record(stream)?;
+            }
+            events.done.record(stream)
+        })
     }
 
     fn takes(&self, source: Source, page_locked: bool) -> bool {
@@ -320,14 +319,14 @@ impl Device for CudaDevice {
         let mut clock = self.clock.lock();
         let clock = clock.as_mut()?;
         let slots = self.slots.lock();
-        let events = &slots[index(slot.0)];
+        let events = slots[index(slot.0)].timed.as_ref()?;
         let mut read = |event: &Event| clock.read(event, self.copy_stream.raw);
         Some(UseTimes {
-            end_ns: read(&events.done)?,
-            copy_start_ns: read(events.copy_start.as_ref()?)?,
-            copy_end_ns: read(&events.ready)?,
-            wait_ns: read(events.wait.as_ref()?)?,
-            start_ns: read(events.start.as_ref()?)?,
+            end_ns: read(&events.end)?,
+            copy_start_ns: read(&events.copy_start)?,
+            copy_end_ns: read(&events.copy_end)?,
+            wait_ns: read(&events.wait)?,
+            start_ns: read(&events.start)?,
         })
     }
 
