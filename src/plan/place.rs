@@ -109,6 +109,19 @@ impl Placement {
         }
     }
 
+    /// Lays the items of each use one behind the other from an offset of its own on.
+    pub(super) fn lay(&mut self, items: &Items, offsets: &[u64]) {
+        self.pieces.clear();
+        self.turns = 0;
+        for (used, (range, &offset)) in items.of_use.iter().zip(offsets).enumerate() {
+            let mut next = offset;
+            for item in &items.all[range.clone()] {
+                self.put(crate::units::narrow(used), *item, 0, next, item.bytes);
+                next += item.bytes;
+            }
+        }
+    }
+
     fn put(&mut self, used: u32, item: Item, source: u64, target: u64, bytes: u64) {
         if bytes > 0 {
             self.pieces.push(Piece { used, tensor: item.tensor, source, target, bytes });

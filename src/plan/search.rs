@@ -22,7 +22,9 @@ const PHASES: [f64; 8] = [0.0, 0.12, 0.25, 0.4, 0.5, -0.12, -0.25, -0.4];
 const REFINED: usize = 3;
 /// Blocks with so few splits are searched one by one, in so many rounds.
 const COARSE: u64 = 4;
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 8;
+/// So few blocks are tried in every residency and in many places.
+const VERY_FEW: usize = 6;
 /// Uses up to which the linear program is solved: 3 ms for 60, 130 ms for 400.
 const MOST_FOR_LP: usize = 100;
 /// Uses up to which every number of turns is tried, and cycles of several passes.
@@ -105,6 +107,9 @@ impl<'a> Search<'a> {
         let coarse = problem.kinds.iter().all(|kind| kind.count() <= COARSE);
         if coarse && uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
             self.climb();
+            if uses <= VERY_FEW && problem.bytes.len() <= VERY_FEW {
+                self.every_residency();
+            }
         }
         // Small budgets: everything is streamed, through all the memory there is.
         let all: Vec<u64> = (0..problem.bytes.len()).map(|b| problem.splits(b).last()).collect();
@@ -208,6 +213,17 @@ impl<'a> Search<'a> {
                     break;
                 }
             }
+        }
+    }
+
+    /// Every residency of a few whole blocks, in all sorts of places.
+    fn every_residency(&mut self) {
+        let blocks = self.problem().bytes.len();
+        for set in 0..1_u64 << blocks {
+            let last = |block: usize| self.problem().splits(block).last();
+            let splits: Vec<u64> =
+                (0..blocks).map(|block| last(block) * (set >> block & 1)).collect();
+            self.trial.try_places(&splits);
         }
     }
 

@@ -140,6 +140,50 @@ impl<'a> Trial<'a> {
         times.reduce(f64::min)
     }
 
+    /// Few uses that stream whole blocks: from two sides on, each goes to other places in the room
+    /// for as long as that helps; at the ends, and beside every other one.
+    pub(super) fn try_places(&mut self, splits: &[u64]) {
+        let Some(room) = self.room(splits).map(|room| room / self.align() * self.align()) else {
+            return;
+        };
+        let items = self.items(splits, 1);
+        let sizes: Vec<u64> = items
+            .of_use
+            .iter()
+            .map(|range| items.all[range.clone()].iter().map(|item| item.bytes).sum())
+            .collect();
+        if sizes.iter().any(|&bytes| bytes > room) || sizes.iter().all(|&bytes| bytes == 0) {
+            return;
+        }
+        let mut placement = Placement::default();
+        // At the front and at the back by turns, beginning with either, and all at the front.
+        for start in 0..3 {
+            let side = |(at, &bytes): (usize, &u64)| {
+                if start < 2 && at % 2 == start { room - bytes } else { 0 }
+            };
+            let mut offsets: Vec<u64> = sizes.iter().enumerate().map(side).collect();
+            let mut best_s = f64::INFINITY;
+            for _ in 0..3 {
+                let before_s = best_s;
+                for at in 0..sizes.len() {
+                    for place in places(&sizes, &offsets, at, room) {
+                        let kept = std::mem::replace(&mut offsets[at], place);
+                        placement.lay(&items, &offsets);
+                        let period_s = self.time(splits, &items, room, 1, 1, &placement);
+                        if period_s < best_s { best_s = period_s } else { offsets[at] = kept }
+                    }
+                }
+                if best_s >= before_s {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn align(&self) -> u64 {
+        self.problem.align_bytes
+    }
+
     /// The period of one candidate, which joins the pool if it may be among the best.
     fn time(
         &mut self,
@@ -242,6 +286,17 @@ impl<'a> Trial<'a> {
         let mut new = self.pool.drain(before.min(self.pool.len())..);
         new.find(|filled| filled.period_s <= limit)
     }
+}
+
+/// Where one of some uses may lie: at an end of the room, or beside another use.
+fn places(sizes: &[u64], offsets: &[u64], at: usize, room: u64) -> Vec<u64> {
+    let mut places = vec![0, room - sizes[at]];
+    for other in (0..sizes.len()).filter(|&other| other != at) {
+        let (start, end) = (offsets[other], offsets[other] + sizes[other]);
+        places.extend([end, start.saturating_sub(sizes[at])]);
+    }
+    places.retain(|&place| place + sizes[at] <= room);
+    places
 }
 
 /// Two parts of a tensor, one behind the other, as one.

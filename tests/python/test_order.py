@@ -57,7 +57,8 @@ def test_the_registered_order_needs_no_learning() -> None:
     for report in check(model, lambda m: m(x), passes=6):
         assert report.mispredicted == 0
         assert report.rebuilds == report.adopted
-        assert report.on_demand == 1  # the very first block
+        # The very first block, and the first one after a plan was adopted.
+        assert 1 <= report.on_demand <= 1 + report.adopted
 
 
 @pytest.mark.parametrize("seed", range(8))

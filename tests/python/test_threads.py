@@ -68,7 +68,8 @@ def test_one_model_in_two_threads_is_right_or_refused(seed: int) -> None:
     def body() -> None:
         with torch.inference_mode():
             for _ in range(40):
-                with contextlib.suppress(RuntimeError):
+                # Refused twice, before and after the block, torch makes a warning of the second.
+                with contextlib.suppress(RuntimeError, UserWarning):
                     assert same(model(x), expected)
                     results[0] += 1
 
