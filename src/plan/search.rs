@@ -14,10 +14,9 @@ const RINGS: [f64; 16] =
 const FEW_TURNS: [u32; 6] = [2, 3, 4, 6, 8, 12];
 /// Tensors never add up to just the budget: shares of the missing bytes to stream beyond them.
 const EXCESS: [f64; 8] = [0.0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16];
-const FINE_EXCESS: [f64; 10] =
-    [0.0, 0.001, 0.0025, 0.004, 0.006, 0.009, 0.013, 0.018, 0.025, 0.035];
+const FINE_EXCESS: [f64; 6] = [0.0, 0.0015, 0.004, 0.008, 0.015, 0.03];
 /// Bytes that error diffusion starts with, as shares of the largest block's.
-const PHASES: [f64; 8] = [0.0, 0.12, 0.25, 0.4, 0.5, -0.12, -0.25, -0.4];
+const PHASES: [f64; 5] = [0.0, 0.2, 0.4, -0.2, -0.4];
 /// Members whose neighbours are tried.
 const REFINED: usize = 3;
 /// Blocks with so few splits are searched one by one, in so many rounds.
@@ -177,12 +176,18 @@ impl<'a> Search<'a> {
             wanted[slot.block] = *bytes;
         }
         let most = wanted.iter().copied().fold(0.0, f64::max);
+        // The ring is what is streamed beyond what does not fit.
+        let moved: f64 = problem.uses.iter().map(|slot| wanted[slot.block]).sum();
+        let kept = real(problem.total_bytes()) - wanted.iter().sum::<f64>();
+        let ring = (real(problem.budget_bytes) - kept).max(1.0);
+        let turns = u32::try_from(whole(moved / ring)).unwrap_or(u32::MAX).max(1);
+        let near = turns.saturating_sub(1).max(1)..=turns.saturating_add(2);
         for excess in [0.0, 0.005, 0.01, 0.02, 0.03, 0.05] {
             let more: Vec<f64> = wanted.iter().map(|bytes| bytes * (1.0 + excess)).collect();
             for phase in [0.0, 0.25, -0.25] {
                 let mut splits = diffuse(problem, &more, phase * most);
                 self.settle_dormant(&mut splits, whole(most));
-                for turns in turns_of(problem.uses.len()) {
+                for turns in near.clone() {
                     self.trial.consider(splits.clone(), turns, 1);
                 }
             }

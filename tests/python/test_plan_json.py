@@ -62,8 +62,8 @@ def named(cases: list[tuple[str, dict[str, Any]]]) -> Any:
 def missed(seeds: range, misses: set[int]) -> Any:
     """Seeds, of which some miss the goal today.
 
-    FIXME: of 24 to 48 whole blocks of unlike sizes one plan is 5.2 % over the bound, which may not be
-    within reach: the bound leaves out where blocks lie.
+    FIXME: of 24 to 48 whole blocks of unlike sizes one plan is 5.2 % over the bound, which may be
+    out of reach: the bound leaves out where blocks lie.
     """
     mark = pytest.mark.xfail(reason="whole blocks of unlike sizes: not near yet")
     cases = [pytest.param(seed, marks=[mark] if seed in misses else []) for seed in seeds]
