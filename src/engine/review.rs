@@ -13,6 +13,8 @@ use crate::units::{align_up, index, narrow, real};
 /// Passes over which a change has to pay. How many are left is not known: of a picture of 20 to 30
 /// steps so many are, when a plan is found.
 const PASSES: f64 = 16.0;
+/// Share of a pass that a change has to save: less is noise.
+const LEAST_SAVED: f64 = 0.01;
 
 /// How plans are looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -112,8 +114,8 @@ fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
         .map(|used| after.program.copies_of(used).iter().map(|copy| copy.bytes).sum::<u64>());
     let fill = most.max().unwrap_or(0);
     let cost_s = real(brought + fill) / link.bytes_per_s;
-    let saved_s = (now_s - after.period_s?) * PASSES;
-    (saved_s > cost_s).then_some(after)
+    let saved_s = now_s - after.period_s?;
+    (saved_s > LEAST_SAVED * now_s && saved_s * PASSES > cost_s).then_some(after)
 }
 
 /// How residents get from one plan's places to another's, within one arena.

@@ -152,7 +152,10 @@ impl<'a> Trial<'a> {
             .iter()
             .map(|range| items.all[range.clone()].iter().map(|item| item.bytes).sum())
             .collect();
-        if sizes.iter().any(|&bytes| bytes > room) || sizes.iter().all(|&bytes| bytes == 0) {
+        let dormant = self.problem.dormant.iter();
+        let held = dormant.map(|&block| streamed(self.problem, splits, block)).max().unwrap_or(0);
+        let most = sizes.iter().copied().max().unwrap_or(0);
+        if most.max(held) > room || most == 0 {
             return;
         }
         let mut placement = Placement::default();

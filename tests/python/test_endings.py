@@ -248,6 +248,7 @@ def test_what_is_attached_at_exit_is_detached() -> None:
         "from helpers import SMALL, net, threads\n"
         "model = net()\n"
         "s = dgls_torch.stream(model, 40_000, **SMALL)\n"
+        "while not threads(): pass  # it names itself once it runs\n"
         "print(threads())"
     )
     environment = {

@@ -128,6 +128,25 @@ class Layout:
                 )
         return found
 
+    def check_chosen(self, blocks: Iterable[int | str], vram_bytes: int) -> None:
+        """Refuses a budget that does not hold the blocks that are to stay and one of the others.
+
+        Raises:
+            ValueError: With both sizes.
+        """
+        sizes, chosen = self.block_bytes, set(self.chosen(blocks))
+        stay = sum(sizes[block] for block in chosen)
+        others = [size for block, size in enumerate(sizes) if block not in chosen]
+        needed = self.outside_bytes + stay + max(others, default=0)
+        if vram_bytes < needed:
+            raise ValueError(
+                f"vram is {format_bytes(vram_bytes)} ({vram_bytes} bytes), which is too small: the "
+                f"resident blocks take {format_bytes(stay)}, the weights outside of the blocks "
+                f"{format_bytes(self.outside_bytes)}, and the largest of the other blocks "
+                f"{format_bytes(max(others, default=0))}; the smallest budget for this choice is "
+                f"{format_bytes(needed)} ({needed} bytes)"
+            )
+
     def is_current(self) -> bool:
         """Whether the blocks still hold the weights that the engine knows."""
         return all(weight.is_current() for weights in self.weights for weight in weights)

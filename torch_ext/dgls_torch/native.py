@@ -54,6 +54,8 @@ class Engine:
         self._on_rebuild = untraced.rarely(on_rebuild)
         self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
         layout.check_budget(self.vram_bytes)
+        if config.resident is not None:
+            layout.check_chosen(config.resident, self.vram_bytes)
         order = list(range(len(layout.names))) if order is None else order
         # Tensors in memory come first, then those in files: the order of the native tensor list.
         parts = [(b, p) for b, ws in enumerate(layout.weights) for w in ws for p in w.parts]
