@@ -27,7 +27,7 @@ def facts(model: nn.Module) -> tuple[int, int, int]:
 def test_the_choice_is_kept(resident: list[Any], prefetch: int | None) -> None:
     model, x = net(), inputs()
     expected = net()(x)
-    outside, block, count = facts(model)
+    outside, block, _ = facts(model)
     vram = outside + (len(resident) + 3) * block
     options = {**SMALL, "resident": resident, "prefetch": prefetch}
     with torch.inference_mode(), dgls_torch.stream(model, vram, **options) as s:
@@ -39,8 +39,6 @@ def test_the_choice_is_kept(resident: list[Any], prefetch: int | None) -> None:
             assert (entry.streamed_bytes == 0) == (entry.name in kept), s.plan
             assert 0 in (entry.streamed_bytes, entry.resident_bytes), s.plan
         assert s.plan.outside_bytes + s.plan.arena_bytes <= vram
-        if prefetch is not None and len(resident) < count:
-            assert s.plan.ring_bytes <= (prefetch + 1) * -(-block // 256) * 256 + 256 * 8
 
 
 def test_a_choice_that_does_not_fit_is_refused_with_the_smallest_budget() -> None:

@@ -256,3 +256,33 @@ def test_a_thread_that_died_in_a_block_is_not_waited_for() -> None:
         assert same(run(model), expected)
         s.detach()
         before.check(model)
+
+
+def test_one_thread_at_a_time_takes_up_a_plan() -> None:
+    """Else views of one plan could be bound for the next one."""
+    model, x = net(), inputs()
+    order = [5, 4, 3, 2, 1, 0]
+    done: list[str] = []
+    threads: list[threading.Thread] = []
+    with torch.inference_mode(), dgls_torch.stream(model, budgets(model)[1], **SMALL) as s:
+        model(x, order)  # the next pass takes up this order
+        engine: Any = s._engine
+        bind = engine._bind_views
+
+        def slowly() -> None:
+            def second() -> None:
+                engine.rebuild()
+                done.append("second")
+
+            threads.append(threading.Thread(target=second))
+            threads[0].start()
+            threads[0].join(0.2)
+            bind()
+            done.append("first")
+
+        engine._bind_views = slowly
+        expected = net()(x, order)
+        assert same(model(x, order), expected)
+        threads[0].join()
+        assert (done, s.report().rebuilds) == (["first", "second"], 1)
+        assert same(model(x, order), expected)

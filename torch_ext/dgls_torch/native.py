@@ -94,6 +94,7 @@ class Engine:
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
+        self._rebuilding = threading.Lock()
         self._capsules: list[Any] = []
         self._hooks: list[tuple[Any, Any]] = []
         self._removers: list[Any] = []
@@ -218,9 +219,15 @@ class Engine:
         return views
 
     def rebuild(self) -> None:
-        """Plans anew within the same memory, for the order that was learned."""
-        _ops.rebuild(self.number, self._arena, self._budget)
-        self._bind_views()
+        """Takes up what was learned, within the same memory: another order, or a better plan.
+
+        One thread at a time: views of one plan must not be bound for the next one, nor be told
+        apart from it by a count that another thread is about to take back.
+        """
+        with self._rebuilding:
+            if _ops.wants_rebuild(self.number):
+                _ops.rebuild(self.number, self._arena, self._budget)
+                self._bind_views()
 
     def check_idle(self) -> None:
         """Ends a use that an exception left unfinished.
