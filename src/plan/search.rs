@@ -309,8 +309,7 @@ impl<'a> Search<'a> {
         if copies_s > self.trial.best_s * (1.0 + SLACK) {
             return;
         }
-        let Some(room) = self.trial.room(splits) else { return };
-        let room = room / self.problem().align_bytes * self.problem().align_bytes;
+        let Some(room) = self.trial.aligned_room(splits) else { return };
         if room < items.most_of_use() {
             return;
         }

@@ -81,7 +81,7 @@ impl<'a> Trial<'a> {
     }
 
     /// Bytes that the residents leave for the ring.
-    pub(super) fn room(&self, splits: &[u64]) -> Option<u64> {
+    fn room(&self, splits: &[u64]) -> Option<u64> {
         let moved: u64 = (0..splits.len()).map(|b| streamed(self.problem, splits, b)).sum();
         self.problem.budget_bytes.checked_sub(self.problem.total_bytes() - moved)
     }
@@ -118,9 +118,8 @@ impl<'a> Trial<'a> {
         }
         self.tried.insert(key.clone());
         let splits = key.0;
-        let room = self.room(&splits)? / self.problem.align_bytes * self.problem.align_bytes;
-        let dormant = self.problem.dormant.iter();
-        let held = dormant.map(|&block| streamed(self.problem, &splits, block)).max().unwrap_or(0);
+        let room = self.aligned_room(&splits)?;
+        let held = self.held(&splits);
         if held > room {
             return None;
         }
@@ -143,7 +142,7 @@ impl<'a> Trial<'a> {
     /// Few uses that stream whole blocks: from two sides on, each goes to other places in the room
     /// for as long as that helps; at the ends, and beside every other one.
     pub(super) fn try_places(&mut self, splits: &[u64]) {
-        let Some(room) = self.room(splits).map(|room| room / self.align() * self.align()) else {
+        let Some(room) = self.aligned_room(splits) else {
             return;
         };
         let items = self.items(splits, 1);
@@ -152,8 +151,7 @@ impl<'a> Trial<'a> {
             .iter()
             .map(|range| items.all[range.clone()].iter().map(|item| item.bytes).sum())
             .collect();
-        let dormant = self.problem.dormant.iter();
-        let held = dormant.map(|&block| streamed(self.problem, splits, block)).max().unwrap_or(0);
+        let held = self.held(splits);
         let most = sizes.iter().copied().max().unwrap_or(0);
         if most.max(held) > room || most == 0 {
             return;
@@ -183,8 +181,16 @@ impl<'a> Trial<'a> {
         }
     }
 
-    fn align(&self) -> u64 {
-        self.problem.align_bytes
+    /// Whole alignments of [`Trial::room`].
+    pub(super) fn aligned_room(&self, splits: &[u64]) -> Option<u64> {
+        let align_bytes = self.problem.align_bytes;
+        self.room(splits).map(|room| room / align_bytes * align_bytes)
+    }
+
+    /// The most that a block streams which no pass uses: the ring has to hold that too.
+    fn held(&self, splits: &[u64]) -> u64 {
+        let dormant = self.problem.dormant.iter();
+        dormant.map(|&block| streamed(self.problem, splits, block)).max().unwrap_or(0)
     }
 
     /// The period of one candidate, which joins the pool if it may be among the best.
