@@ -234,6 +234,7 @@ fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
         let profile = Profile {
             resident_blocks: spec.manual.then(|| spec.resident_blocks.clone()),
             window_uses: u32::try_from(spec.window).ok(),
+            one_pass: !spec.adapt,
             ..profile_of(&spec.tensors, &spec.order, spec.min_stream_bytes)
         };
         let engine_spec = Spec {

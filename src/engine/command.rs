@@ -62,9 +62,9 @@ pub enum Command {
 pub struct Options {
     /// Fill the streamed bytes of a use with 0xFF when it is over.
     pub poison: bool,
-    /// Mark times: in the first four cycles, later in two of eight.
+    /// Mark times: in the first four passes, later in two of eight.
     pub timing: bool,
-    /// Look for better plans, with the times of those cycles and of others where times changed.
+    /// Look for better plans, with the times of those passes and of others where times changed.
     pub adapt: Adapt,
     /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
     pub early: u64,

@@ -123,31 +123,34 @@ impl Schedule {
         EventSlot(first + self.position(number))
     }
 
-    /// Whether the marks of use `number` carry times: those of sampled cycles, and where plans are
+    /// Whether the marks of use `number` carry times: those of sampled passes, and where plans are
     /// looked for, the first one of each pass, which says whether anything changed.
     fn timed(&self, number: u64) -> bool {
         let adapts = self.options.adapt != Adapt::Off;
-        let first = number % (self.cycle() / u64::from(self.program.passes)) == 0;
-        self.is_sampled(number) || (adapts && first)
+        self.is_sampled(number) || (adapts && number % self.uses_of_pass() == 0)
     }
 
-    /// Whether all uses of the cycle of use `number` are timed. Reading the times of a use costs as
+    fn uses_of_pass(&self) -> u64 {
+        (self.cycle() / u64::from(self.program.passes.max(1))).max(1)
+    }
+
+    /// Whether all uses of the pass of use `number` are timed. Reading the times of a use costs as
     /// much as four launches of a kernel.
     pub fn is_sampled(&self, number: u64) -> bool {
-        let cycle = number / self.cycle();
+        let pass = number / self.uses_of_pass();
         let wanted = self.options.timing || self.options.adapt != Adapt::Off;
-        wanted && (cycle < 4 || cycle % 8 < 2 || self.sampled.contains(&cycle))
+        wanted && (pass < 4 || pass % 8 < 2 || self.sampled.contains(&pass))
     }
 
-    /// Something changed: the next cycles are timed.
+    /// Something changed: the next passes are timed.
     pub fn sample(&mut self) {
-        let cycle = self.next / self.cycle().max(1);
-        if !self.sampled.contains(&cycle) {
-            self.sampled = cycle + 1..cycle + 4;
+        let pass = self.next / self.uses_of_pass();
+        if !self.sampled.contains(&pass) {
+            self.sampled = pass + 1..pass + 4;
         }
     }
 
-    /// Uses in one cycle, and the event slot of `number`: for reading times.
+    /// The event slot of `number`: for reading times.
     pub fn slot_of(&self, number: u64) -> EventSlot {
         self.slot(number)
     }

@@ -24,10 +24,18 @@ const COARSE: u64 = 4;
 const ROUNDS: usize = 8;
 /// So few blocks are tried in every residency and in many places.
 const VERY_FEW: usize = 6;
+/// So many residencies of up to so many whole blocks are laid anew, each beside so many before and
+/// behind it.
+const LAID_ANEW: usize = 8;
+const MOST_LAID_ANEW: usize = 32;
+const NEAR: usize = 3;
 /// Uses up to which the linear program is solved: 3 ms for 60, 130 ms for 400.
 const MOST_FOR_LP: usize = 100;
-/// Uses up to which every number of turns is tried, and cycles of several passes.
+/// Uses up to which every number of turns is tried.
 const FEW: usize = 24;
+/// Uses of a cycle of several passes, and its passes.
+const LONGEST_CYCLE: usize = 96;
+const MOST_PASSES: u32 = 8;
 
 /// The smallest budget for the caller's choice of residents: those, and one slot.
 pub(super) fn manual_bytes(problem: &Problem) -> u64 {
@@ -93,31 +101,45 @@ impl<'a> Search<'a> {
             &[1]
         };
         for &stride in strides {
-            for passes in 1..=if stride > 1 { 1 } else { self.most_passes() } {
-                if passes > 1 && self.trial.best_s <= problem.lower_bound_s() * (1.0 + SLACK) {
+            self.stride(stride, 1, missing);
+        }
+        let mut enough_s = 0.0;
+        if uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
+            // The solver may fail, on numbers that differ by many orders of magnitude.
+            let optimum = solution_of(problem).ok();
+            if let Some((optimum_s, copied)) = &optimum {
+                enough_s = optimum_s * (1.0 + SLACK);
+                self.round_optimum(copied, 1);
+            }
+            for passes in 2..=self.most_passes() {
+                if self.trial.best_s <= enough_s {
                     break;
                 }
-                self.stride(stride, passes, missing);
+                self.stride(1, passes, missing);
+                if let Some((_, copied)) = &optimum {
+                    self.round_optimum(copied, passes);
+                }
             }
-        }
-        if uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
-            self.round_optimum();
         }
         let coarse = problem.kinds.iter().all(|kind| kind.count() <= COARSE);
         if coarse && uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
             self.climb();
+            if uses <= MOST_LAID_ANEW && self.trial.best_s > enough_s * 1.01 {
+                self.lay_anew(enough_s);
+            }
             if uses <= VERY_FEW && problem.bytes.len() <= VERY_FEW {
                 self.every_residency();
             }
         }
         // Small budgets: everything is streamed, through all the memory there is.
-        let all: Vec<u64> = (0..problem.bytes.len()).map(|b| problem.splits(b).last()).collect();
-        self.every_ring(&all, 1);
+        self.every_ring(&self.all_streamed(), 1);
     }
 
-    /// Passes that a cycle may have: more than one only where an odd number of uses costs much.
+    /// Passes that a cycle may have: the more, the less a ring costs that is passed a whole number
+    /// of times.
     fn most_passes(&self) -> u32 {
-        if self.problem().one_pass || self.problem().uses.len() > FEW { 1 } else { 3 }
+        let uses = self.problem().uses.len().max(1);
+        if self.problem().one_pass { 1 } else { narrow(LONGEST_CYCLE / uses).clamp(1, MOST_PASSES) }
     }
 
     /// All betas and numbers of turns; then the neighbours of the best.
@@ -167,12 +189,10 @@ impl<'a> Search<'a> {
 
     /// Rounds the optimum over all policies to whole tensors: where blocks differ much in size and
     /// time, the family may miss it by 3 %.
-    fn round_optimum(&mut self) {
+    fn round_optimum(&mut self, copied: &[f64], passes: u32) {
         let problem = self.problem();
-        // The solver may fail, on numbers that differ by many orders of magnitude.
-        let Ok((_, copied)) = solution_of(problem) else { return };
         let mut wanted = vec![0.0; problem.bytes.len()];
-        for (slot, bytes) in problem.uses.iter().zip(&copied) {
+        for (slot, bytes) in problem.uses.iter().zip(copied) {
             wanted[slot.block] = *bytes;
         }
         let most = wanted.iter().copied().fold(0.0, f64::max);
@@ -180,7 +200,8 @@ impl<'a> Search<'a> {
         let moved: f64 = problem.uses.iter().map(|slot| wanted[slot.block]).sum();
         let kept = real(problem.total_bytes()) - wanted.iter().sum::<f64>();
         let ring = (real(problem.budget_bytes) - kept).max(1.0);
-        let turns = u32::try_from(whole(moved / ring)).unwrap_or(u32::MAX).max(1);
+        let turns = f64::from(passes) * moved / ring;
+        let turns = u32::try_from(whole(turns)).unwrap_or(u32::MAX).max(1);
         let near = turns.saturating_sub(1).max(1)..=turns.saturating_add(2);
         for excess in [0.0, 0.005, 0.01, 0.02, 0.03, 0.05] {
             let more: Vec<f64> = wanted.iter().map(|bytes| bytes * (1.0 + excess)).collect();
@@ -188,7 +209,7 @@ impl<'a> Search<'a> {
                 let mut splits = diffuse(problem, &more, phase * most);
                 self.settle_dormant(&mut splits, whole(most));
                 for turns in near.clone() {
-                    self.trial.consider(splits.clone(), turns, 1);
+                    self.trial.consider(splits.clone(), turns, passes);
                 }
             }
         }
@@ -199,10 +220,9 @@ impl<'a> Search<'a> {
     fn climb(&mut self) {
         let problem = self.problem();
         let blocks = problem.bytes.len();
-        let starts =
-            [self.trial.fastest(), (0..blocks).map(|b| problem.splits(b).last()).collect()];
-        for mut splits in starts {
-            let mut best_s = self.every_turn(&splits).unwrap_or(f64::INFINITY);
+        let fastest = (self.trial.fastest(), self.trial.best_s);
+        for (mut splits, mut best_s) in [fastest, (self.all_streamed(), f64::INFINITY)] {
+            best_s = self.every_turn(&splits).unwrap_or(best_s).min(best_s);
             for _ in 0..ROUNDS {
                 let before_s = best_s;
                 for block in 0..blocks {
@@ -213,12 +233,54 @@ impl<'a> Search<'a> {
                             _ => splits[block] = kept,
                         }
                     }
+                    for other in self.alike(&splits, block) {
+                        splits.swap(block, other);
+                        match self.every_turn(&splits) {
+                            Some(period_s) if period_s < best_s => best_s = period_s,
+                            _ => splits.swap(block, other),
+                        }
+                    }
                 }
                 if best_s >= before_s {
                     break;
                 }
             }
         }
+    }
+
+    /// The nearest blocks of the same sizes, before and behind, that are split in another way.
+    fn alike(&self, splits: &[u64], block: usize) -> impl Iterator<Item = usize> + use<> {
+        let kind_of = &self.problem().kind_of;
+        let other =
+            |&other: &usize| kind_of[other] == kind_of[block] && splits[other] != splits[block];
+        let before = (0..block).rev().find(other);
+        let behind = (block + 1..splits.len()).find(other);
+        [before, behind].into_iter().flatten()
+    }
+
+    /// Where so many of the smallest blocks stay, the others go to places of their own: a ring
+    /// wastes its end on whole blocks of unlike sizes.
+    fn lay_anew(&mut self, enough_s: f64) {
+        let problem = self.problem();
+        let mut order: Vec<usize> = (0..problem.bytes.len()).collect();
+        order.sort_by_key(|&block| problem.bytes[block]);
+        let mut splits = self.all_streamed();
+        let mut found = Vec::new();
+        for block in order {
+            splits[block] = 0;
+            found.extend(self.every_turn(&splits).map(|period_s| (period_s, splits.clone())));
+        }
+        found.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for (_, splits) in found.into_iter().take(LAID_ANEW) {
+            if self.trial.best_s <= enough_s {
+                break;
+            }
+            self.trial.try_places(&splits, NEAR);
+        }
+    }
+
+    fn all_streamed(&self) -> Vec<u64> {
+        (0..self.problem().bytes.len()).map(|block| self.problem().splits(block).last()).collect()
     }
 
     /// Every residency of a few whole blocks, in all sorts of places.
@@ -228,7 +290,7 @@ impl<'a> Search<'a> {
             let last = |block: usize| self.problem().splits(block).last();
             let splits: Vec<u64> =
                 (0..blocks).map(|block| last(block) * (set >> block & 1)).collect();
-            self.trial.try_places(&splits);
+            self.trial.try_places(&splits, usize::MAX);
         }
     }
 

@@ -140,8 +140,9 @@ impl<'a> Trial<'a> {
     }
 
     /// Few uses that stream whole blocks: from two sides on, each goes to other places in the room
-    /// for as long as that helps; at the ends, and beside every other one.
-    pub(super) fn try_places(&mut self, splits: &[u64]) {
+    /// for as long as that helps; at the ends, and beside those that run up to `near` uses before
+    /// or after it.
+    pub(super) fn try_places(&mut self, splits: &[u64], near: usize) {
         let Some(room) = self.aligned_room(splits) else {
             return;
         };
@@ -167,7 +168,7 @@ impl<'a> Trial<'a> {
             for _ in 0..3 {
                 let before_s = best_s;
                 for at in 0..sizes.len() {
-                    for place in places(&sizes, &offsets, at, room) {
+                    for place in places(&sizes, &offsets, at, room, near) {
                         let kept = std::mem::replace(&mut offsets[at], place);
                         placement.lay(&items, &offsets);
                         let period_s = self.time(splits, &items, room, 1, 1, &placement);
@@ -297,10 +298,14 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Where one of some uses may lie: at an end of the room, or beside another use.
-fn places(sizes: &[u64], offsets: &[u64], at: usize, room: u64) -> Vec<u64> {
+/// Where one of some uses may lie: at an end of the room, or beside another one `near` it.
+fn places(sizes: &[u64], offsets: &[u64], at: usize, room: u64, near: usize) -> Vec<u64> {
     let mut places = vec![0, room - sizes[at]];
-    for other in (0..sizes.len()).filter(|&other| other != at) {
+    let beside = |other: &usize| {
+        let apart = at.abs_diff(*other);
+        *other != at && apart.min(sizes.len() - apart) <= near
+    };
+    for other in (0..sizes.len()).filter(beside) {
         let (start, end) = (offsets[other], offsets[other] + sizes[other]);
         places.extend([end, start.saturating_sub(sizes[at])]);
     }

@@ -14,7 +14,13 @@ use crate::stack::{Stack, index};
 
 const ARENA: u64 = 1 << 40;
 const COMPUTE: ComputeStream = ComputeStream(7);
+/// Passes that are run at least.
 const PASSES: u32 = 24;
+
+/// As many whole cycles in the first half of a run as in the second.
+fn passes_of(program: &Program) -> u32 {
+    PASSES.next_multiple_of(2 * program.passes)
+}
 
 struct Run {
     engine: Engine,
@@ -55,7 +61,8 @@ fn run(stack: &Stack, budget: u64, link: Link, kernel_ns: &[u64]) -> Run {
     let layout = engine.layout();
     let mut ends = Vec::new();
     let mut moved = Vec::new();
-    for _ in 0..PASSES {
+    let passes = passes_of(&engine.plan().program);
+    for _ in 0..passes {
         engine.begin_pass();
         for &block in &stack.profile.order {
             let position = engine.enter(block, COMPUTE).expect("no faults");
@@ -73,10 +80,10 @@ fn run(stack: &Stack, budget: u64, link: Link, kernel_ns: &[u64]) -> Run {
         ends.push(sim.compute_free_ns(COMPUTE));
         moved.push(engine.stats().bytes);
     }
-    let half = index(PASSES / 2);
+    let half = index(passes / 2);
     #[expect(clippy::cast_precision_loss, reason = "nanoseconds of a simulation")]
-    let period_ns = (ends[ends.len() - 1] - ends[half - 1]) as f64 / f64::from(PASSES / 2);
-    let streamed_bytes = (moved[moved.len() - 1] - moved[half - 1]) / u64::from(PASSES / 2);
+    let period_ns = (ends[ends.len() - 1] - ends[half - 1]) as f64 / f64::from(passes / 2);
+    let streamed_bytes = (moved[moved.len() - 1] - moved[half - 1]) / u64::from(passes / 2);
     Run { engine, period_ns, streamed_bytes, violations: sim.violations() }
 }
 
@@ -84,7 +91,7 @@ fn run(stack: &Stack, budget: u64, link: Link, kernel_ns: &[u64]) -> Run {
 #[expect(clippy::cast_precision_loss, reason = "nanoseconds of a simulation")]
 fn recursion(program: &Program, link: Link, kernel_ns: &[u64]) -> f64 {
     let cycle = index(program.cycle);
-    let cycles = index(PASSES / program.passes);
+    let cycles = index(passes_of(program) / program.passes);
     let mut done: Vec<u64> = Vec::new();
     let mut copied = 0;
     for number in 0..cycle * cycles {
@@ -100,7 +107,7 @@ fn recursion(program: &Program, link: Link, kernel_ns: &[u64]) -> f64 {
         done.push(free.max(copied) + kernel_ns[index(used.block)]);
     }
     let half = done.len() / 2;
-    (done[done.len() - 1] - done[half - 1]) as f64 / f64::from(PASSES / 2)
+    (done[done.len() - 1] - done[half - 1]) as f64 / f64::from(passes_of(program) / 2)
 }
 
 fn assert_close(found: f64, expected: f64, what: &str) {

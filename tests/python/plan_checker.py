@@ -34,6 +34,7 @@ class Problem:
     latency_s: float
     outside_s: float
     granularity: int | str
+    static: bool
 
     @property
     def whole(self) -> int:
@@ -51,6 +52,7 @@ def problem(inputs: dict[str, Any]) -> Problem:
         latency_s=inputs["copy_latency_s"],
         outside_s=inputs.get("outside_s", 0.0),
         granularity=inputs.get("granularity", "tensor"),
+        static=inputs.get("static_addresses", True),
     )
 
 
@@ -62,12 +64,19 @@ def check(inputs: dict[str, Any], plan: dict[str, Any]) -> float:
     """
     asked = problem(inputs)
     check_sizes(asked, plan)
-    copies = by_block(asked, plan)
-    for block, own in enumerate(copies):
+    passes = plan.get("passes", 1)
+    if not asked.static:
+        if passes < 1:
+            raise IllegalPlan(f"{passes} passes")
+    elif passes != 1 or any("pass" in copy for copy in plan["copies"]):
+        raise IllegalPlan("addresses that change from pass to pass")
+    cycle = by_use(asked, plan, passes)
+    for number, own in enumerate(cycle):
+        block = number % len(asked.sizes)
         check_pieces(asked, block, plan["streamed_bytes"][block], own)
     check_order_and_waits(plan["copies"])
-    check_ownership(plan, copies)
-    return period(asked, copies)
+    check_ownership(plan, cycle)
+    return period(asked, cycle)
 
 
 def check_sizes(asked: Problem, plan: dict[str, Any]) -> None:
@@ -82,16 +91,18 @@ def check_sizes(asked: Problem, plan: dict[str, Any]) -> None:
         raise IllegalPlan(f"{used} bytes used of a budget of {asked.budget}")
 
 
-def by_block(asked: Problem, plan: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    copies: list[list[dict[str, Any]]] = [[] for _ in asked.sizes]
+def by_use(asked: Problem, plan: dict[str, Any], passes: int) -> list[list[dict[str, Any]]]:
+    """The copies of each use of a cycle: all blocks in turn, pass after pass."""
+    blocks = len(asked.sizes)
+    copies: list[list[dict[str, Any]]] = [[] for _ in range(blocks * passes)]
     for copy in plan["copies"]:
-        if not 0 <= copy["block"] < len(copies):
-            raise IllegalPlan(f"a copy of block {copy['block']}")
+        if not (0 <= copy["block"] < blocks and 0 <= copy.get("pass", 0) < passes):
+            raise IllegalPlan(f"a copy of block {copy['block']} in pass {copy.get('pass', 0)}")
         if copy["bytes"] <= 0 or copy["dst"] < 0 or copy["src"] < 0:
             raise IllegalPlan(f"a copy of nothing, or from or to nowhere: {copy}")
         if copy["dst"] + copy["bytes"] > plan["buffer"]["bytes"]:
             raise IllegalPlan(f"a copy beyond the buffer: {copy}")
-        copies[copy["block"]].append(copy)
+        copies[copy.get("pass", 0) * blocks + copy["block"]].append(copy)
     return copies
 
 
@@ -133,8 +144,8 @@ def tensors_fit(tensors: tuple[int, ...], streamed: int, breaks: frozenset[int])
 
 
 def check_order_and_waits(copies: list[dict[str, Any]]) -> None:
-    blocks = [copy["block"] for copy in copies]
-    if blocks != sorted(blocks):
+    uses = [(copy.get("pass", 0), copy["block"]) for copy in copies]
+    if uses != sorted(uses):
         raise IllegalPlan("copies are not in order of use")
     for copy in copies:
         if copy["wait"] is None:
@@ -145,20 +156,22 @@ def check_order_and_waits(copies: list[dict[str, Any]]) -> None:
             raise IllegalPlan(f"a wait for what comes later: {copy}")
 
 
-def check_ownership(plan: dict[str, Any], copies: list[list[dict[str, Any]]]) -> None:
+def check_ownership(plan: dict[str, Any], cycle: list[list[dict[str, Any]]]) -> None:
+    blocks = len(plan["streamed_bytes"])
     lags = [copy["wait"][1] for copy in plan["copies"] if copy["wait"] is not None]
     owners: list[tuple[int, int, tuple[int, int], int]] = []  # from, to, (pass, block), dst - src
     waited = (-1, -1)
-    for lap in range(3 + max(lags, default=0)):
-        for block, own in enumerate(copies):
-            use = (lap, block)
-            for copy in own:
-                if copy["wait"] is not None:
-                    waited = max(waited, (lap - copy["wait"][1], copy["wait"][0]))
-                owners = overwritten(owners, copy, use, waited)
-            held = sum(high - low for low, high, owner, _ in owners if owner == use)
-            if held != plan["streamed_bytes"][block]:
-                raise IllegalPlan(f"block {block} finds {held} of its bytes in pass {lap}")
+    passes = len(cycle) // blocks
+    for number in range(blocks * (2 * passes + max(lags, default=0) + 1)):
+        lap, block = use = divmod(number, blocks)
+        own = cycle[number % len(cycle)]
+        for copy in own:
+            if copy["wait"] is not None:
+                waited = max(waited, (lap - copy["wait"][1], copy["wait"][0]))
+            owners = overwritten(owners, copy, use, waited)
+        held = sum(high - low for low, high, owner, _ in owners if owner == use)
+        if held != plan["streamed_bytes"][block]:
+            raise IllegalPlan(f"block {block} finds {held} of its bytes in pass {lap}")
 
 
 def overwritten(
@@ -184,14 +197,17 @@ def overwritten(
     return [*left, (low, high, use, shift)]
 
 
-def period(asked: Problem, copies: list[list[dict[str, Any]]]) -> float:
+def period(asked: Problem, cycle: list[list[dict[str, Any]]]) -> float:
     """Seconds of a pass once passes repeat: both streams start each thing as early as allowed."""
     copy_at = compute_at = 0.0
+    blocks = len(asked.sizes)
+    passes = len(cycle) // blocks
     done: list[list[float]] = []
     ends: list[float] = []
     for lap in range(PASSES_MOST):
         done.append([])
-        for block, own in enumerate(copies):
+        first = lap % passes * blocks
+        for block, own in enumerate(cycle[first : first + blocks]):
             for copy in own:
                 if copy["wait"] is not None and lap >= copy["wait"][1]:
                     copy_at = max(copy_at, done[lap - copy["wait"][1]][copy["wait"][0]])
@@ -202,7 +218,7 @@ def period(asked: Problem, copies: list[list[dict[str, Any]]]) -> float:
             done[lap].append(compute_at)
         compute_at += asked.outside_s
         ends.append(compute_at)
-        for laps in LAPS:
+        for laps in (passes * times for times in LAPS):
             if lap > 4 * laps and repeats(ends, laps):
                 return (ends[-1] - ends[-1 - laps]) / laps
     raise IllegalPlan(f"passes do not repeat in {PASSES_MOST}")

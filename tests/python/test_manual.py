@@ -77,8 +77,10 @@ def test_wrong_types_are_refused(options: dict[str, Any]) -> None:
         dgls_torch.stream(net(), 1 << 20, **SMALL, **options)
 
 
-def test_without_adapting_addresses_stay() -> None:
-    model, x = net(), inputs()
+@pytest.mark.parametrize("blocks", [3, 5, 6])
+def test_without_adapting_addresses_stay(blocks: int) -> None:
+    """Else an odd number of blocks takes turns: a cycle of several passes."""
+    model, x = net(blocks), inputs()
     outside, block, _ = facts(model)
     where: list[list[int]] = []
 
@@ -87,10 +89,10 @@ def test_without_adapting_addresses_stay() -> None:
 
     for part in model.blocks:
         part.up.register_forward_pre_hook(note)
-    vram = outside + 3 * block
+    vram = outside + (5 * block) // 2
     with torch.inference_mode(), dgls_torch.stream(model, vram, adapt=False, **SMALL) as s:
         for _ in range(12):
             where.append([])
             model(x)
         assert s.report().adopted == 0
-    assert all(places in (where[0], where[1], where[2]) for places in where)
+    assert all(places == where[-1] for places in where[2:])

@@ -24,7 +24,7 @@ def inputs(compute_s: float = 1.0) -> dict[str, Any]:
 
 
 def solution(period_s: float) -> Solution:
-    return Solution((), (), 0, (), period_s, 0.0, "copy", None, "")
+    return Solution((), (), 0, (), 1, period_s, 0.0, "copy", None, "")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ class Forecast:
             f"  blocks {format_bytes(whole)}, of which streamed in each pass "
             f"{format_bytes(self.streamed_bytes)}",
         ]
-        copies = len(self.solution.copies)
+        copies = len(self.solution.copies) // self.solution.passes
         if copies:
             through = f"  through a buffer of {format_bytes(self.solution.buffer_bytes)}"
             lines.append(f"{through}, in {copies} {'copies' if copies > 1 else 'copy'}")

@@ -38,10 +38,10 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy of a pass: ``bytes`` of a block's streamed bytes from ``source`` on, to ``target``.
+    """One copy of a cycle: ``bytes`` of a block's streamed bytes from ``source`` on, to ``target``.
 
     ``wait`` is a block and a lag: the copy may start when the compute of that block in the pass
-    ``lag`` passes before has ended.
+    ``lag`` passes before has ended. ``pass_number`` is the pass of the cycle, from 0 on.
     """
 
     block: int
@@ -49,6 +49,7 @@ class Copy:
     target: int
     bytes: int
     wait: tuple[int, int] | None
+    pass_number: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Solution:
     streamed_bytes: tuple[int, ...]
     buffer_bytes: int
     copies: tuple[Copy, ...]
+    passes: int
     period_s: float
     lower_bound_s: float
     limit: str
@@ -90,6 +92,7 @@ def make_inputs(
         "budget_bytes": budget_bytes,
         "h2d_bytes_per_s": h2d_bytes_per_s,
         "copy_latency_s": copy_latency_s,
+        "static_addresses": False,  # as streams are planned, unless their plan is to stay
     }
     return inputs | {name: value for name, value in options.items() if value is not None}
 
@@ -130,17 +133,19 @@ def _parse(text: str) -> Solution:
         buffer_bytes=found["buffer"]["bytes"],
         copies=tuple(
             Copy(
-                c["block"], c["src"], c["dst"], c["bytes"], tuple(c["wait"]) if c["wait"] else None
+                block=copy["block"],
+                source=copy["src"],
+                target=copy["dst"],
+                bytes=copy["bytes"],
+                wait=tuple(copy["wait"]) if copy["wait"] else None,
+                pass_number=copy.get("pass", 0),
             )
-            for c in found["copies"]
+            for copy in found["copies"]
         ),
+        passes=found.get("passes", 1),
         period_s=found["period_s"],
         lower_bound_s=found["lower_bound_s"],
         limit=found["limit"],
         optimum_s=found.get("optimum_s"),
         text=text,
     )
-
-
-def _copy(block: int, src: int, dst: int, bytes: int, wait: list[int] | None) -> Copy:
-    return Copy(block, src, dst, bytes, None if wait is None else (wait[0], wait[1]))
