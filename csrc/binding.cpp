@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(dgls, m) {
   m.def("plan_for(int engine, int budget_bytes) -> (int[], int[])");
   m.def("plan_in_force(int engine) -> (int[], int[])");
   m.def("rebuild(int engine, Tensor arena, int budget_bytes) -> ()");
+  m.def("vacate(int engine, Tensor nothing) -> ()");
   m.def("layout(int engine) -> int[]");
   m.def("order(int engine) -> int[]");
   m.def("prefetch(int engine) -> ()");
@@ -46,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("plan_for", TORCH_BOX(&dgls::op_plan_for));
   m.impl("plan_in_force", TORCH_BOX(&dgls::op_plan_in_force));
   m.impl("rebuild", TORCH_BOX(&dgls::op_rebuild));
+  m.impl("vacate", TORCH_BOX(&dgls::op_vacate));
   m.impl("layout", TORCH_BOX(&dgls::op_layout));
   m.impl("order", TORCH_BOX(&dgls::op_order));
   m.impl("prefetch", TORCH_BOX(&dgls::op_prefetch));

@@ -176,12 +176,21 @@ void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes) {
   ++state->layout;  // before it changes: another thread may enter a block right afterwards
   try {
     state->engine->rebuild(budget, reinterpret_cast<uint64_t>(arena.data_ptr()),
-                           static_cast<uint64_t>(arena.numel()));
+                           static_cast<uint64_t>(arena.numel()),
+                           current_stream(state->stream_device));
   } catch (...) {
     --state->layout;
     throw;
   }
   state->arena = std::move(arena);
+}
+
+void op_vacate(int64_t engine, Tensor nothing) {
+  const auto state = find_state(engine);
+  if (nothing.numel() != 0) refuse("instead of its arena an engine takes an empty tensor");
+  if (nothing.is_cpu() != state->arena.is_cpu()) refuse("the empty tensor is on another device");
+  state->engine->vacate();
+  state->arena = std::move(nothing);
 }
 
 Ints op_layout(int64_t engine) {

@@ -25,6 +25,7 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
 std::tuple<Ints, Ints> op_plan_in_force(int64_t engine);
 void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes);
+void op_vacate(int64_t engine, Tensor nothing);
 Ints op_layout(int64_t engine);
 Ints op_order(int64_t engine);
 void op_prefetch(int64_t engine);

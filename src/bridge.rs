@@ -133,7 +133,9 @@ mod ffi {
         fn end_pass(self: &Handle) -> Result<()>;
         fn reload(self: &Handle, block: u32) -> Result<()>;
         fn wants_rebuild(self: &Handle) -> bool;
-        fn rebuild(self: &Handle, budget_bytes: u64, address: u64, bytes: u64) -> Result<()>;
+        fn rebuild(self: &Handle, budget: u64, address: u64, bytes: u64, stream: u64)
+        -> Result<()>;
+        fn vacate(self: &Handle) -> Result<()>;
         fn plan_for(self: &Handle, budget_bytes: u64) -> Result<PlanFacts>;
         fn plan_in_force(self: &Handle) -> Result<PlanFacts>;
         fn layout(self: &Handle) -> Result<Vec<UseLayout>>;
@@ -312,8 +314,12 @@ impl Handle {
         self.engine.wants_rebuild()
     }
 
-    fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
-        fence(|| self.engine.rebuild(budget_bytes, address, bytes))
+    fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64, stream: u64) -> Result<()> {
+        fence(|| self.engine.rebuild(budget_bytes, address, bytes, ComputeStream(stream)))
+    }
+
+    fn vacate(&self) -> Result<()> {
+        fence(|| self.engine.vacate())
     }
 
     fn plan_for(&self, budget_bytes: u64) -> Result<ffi::PlanFacts> {

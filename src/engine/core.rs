@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::adapt::{Assembly, Review, Tuner, transition};
+use super::adapt::{Assembly, Review, Tuner};
 use super::command::Command;
 use super::executor::{CopySide, Executor, Moved};
 use super::feed::{lock_streamed, staging_for, weights_of};
@@ -12,13 +12,13 @@ use super::trace::{Counters, Trace};
 use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
-use crate::plan::{Plan, plan_after};
-use crate::pool::{Arena, Move, Pins, Staging, copies};
+use crate::plan::Plan;
+use crate::pool::{Arena, Pins, Staging};
 use crate::units::index;
 
 /// Whether the engine takes calls.
 #[derive(Debug)]
-enum Life {
+pub(super) enum Life {
     Open,
     /// A call is under way. Only its caller sees this, unless the call panicked.
     Busy,
@@ -34,18 +34,18 @@ pub(super) struct Core {
     pub(super) plan: Plan,
     pub(super) order: Order,
     pub(super) device: Arc<dyn Device>,
-    arena: Arena,
+    pub(super) arena: Arena,
     pub(super) schedule: Schedule,
-    executor: Executor,
+    pub(super) executor: Executor,
     // Dropped after the executor: copies out of page-locked memory have ended then.
-    pins: Pins,
+    pub(super) pins: Pins,
     pub(super) trace: Trace,
     pub(super) assembly: Assembly,
     pub(super) tuner: Tuner,
     pub(super) review: Review,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Plan>,
-    counters: Counters,
+    pub(super) counters: Counters,
     pub(super) commands: Vec<Command>,
     /// For each event slot, the number of the timed use whose times were not read yet.
     pub(super) unread: Vec<Option<u64>>,
@@ -55,18 +55,20 @@ pub(super) struct Core {
     /// The stream on which the running block was entered.
     entered_on: ComputeStream,
     moved: Arc<Moved>,
-    moved_before: (u64, u64),
+    pub(super) moved_before: (u64, u64),
     staging_bytes: u64,
-    life: Life,
+    /// The arena was given back: no block may run until there is another one.
+    pub(super) vacant: bool,
+    pub(super) life: Life,
 }
 
 /// What a plan before leaves: memory, and residents in their place.
 #[derive(Debug, Default)]
 pub(super) struct Before {
-    pins: Option<Pins>,
-    staging: Option<Staging>,
+    pub(super) pins: Option<Pins>,
+    pub(super) staging: Option<Staging>,
     /// Empty, or for each tensor whether it lies where the plan has it.
-    kept: Vec<bool>,
+    pub(super) kept: Vec<bool>,
 }
 
 impl Core {
@@ -125,6 +127,7 @@ impl Core {
             moved,
             moved_before: (0, 0),
             staging_bytes,
+            vacant: false,
             life: Life::Open,
             spec,
             plan,
@@ -138,6 +141,16 @@ impl Core {
     ///
     /// Why the engine takes no calls, or the error of `act`.
     pub(super) fn call<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        if self.vacant && self.is_open() {
+            return Err(Error::Misuse(
+                "the engine gave its memory back and has got no other".into(),
+            ));
+        }
+        self.call_vacant(act)
+    }
+
+    /// As [`Core::call`], also where there is no arena.
+    pub(super) fn call_vacant<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         match &self.life {
             Life::Open => self.life = Life::Busy,
             Life::Busy => return Err(Error::Poisoned("a call panicked".into())),
@@ -160,7 +173,7 @@ impl Core {
     }
 
     /// Refuses all later calls for `reason`.
-    fn poison(&mut self, reason: String) {
+    pub(super) fn poison(&mut self, reason: String) {
         self.schedule.forget();
         self.life = Life::Poisoned(reason);
     }
@@ -262,76 +275,8 @@ impl Core {
         self.device.quiesce(last)
     }
 
-    /// Plans anew for a budget and the order learned so far, and starts over in another arena.
-    pub(super) fn rebuild(&mut self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
-        if let Some(block) = self.schedule.active_block() {
-            return Err(Error::Misuse(format!("the plan cannot change while block {block} runs")));
-        }
-        let spec = Spec { budget_bytes, profile: self.best_profile(), ..self.spec.clone() };
-        let same_arena = self.arena.at(0, 0) == address;
-        let unchanged = budget_bytes == self.spec.budget_bytes && !self.order.has_learned();
-        let proposal = self.proposal.take().filter(|_| unchanged && same_arena);
-        let adopted = proposal.is_some();
-        let plan = match proposal {
-            Some(plan) => plan,
-            None => plan_after(&spec.profile, budget_bytes, same_arena.then_some(&self.plan))?,
-        };
-        let arena = Arena::new(address, bytes, plan.arena_bytes)?;
-        // Residents that are not enqueued yet will be dropped.
-        let arrived = same_arena && self.executor.is_idle();
-        self.stop().inspect_err(|error| self.poison(error.to_string()))?;
-
-        let device = Arc::clone(&self.device);
-        let staging = self.executor.take_staging();
-        let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
-        let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
-        let transition = transition(&spec.profile, &self.plan, &plan, &loaded);
-        let moved = self.move_residents(&transition.moves);
-        let before = Before { pins: Some(pins), staging, kept: transition.kept };
-        match moved.and_then(|()| Self::new(Arc::clone(&device), spec, plan, arena, before)) {
-            Ok(next) => {
-                self.order.take();
-                self.counters.rebuilds += 1;
-                self.counters.adopted += u64::from(adopted);
-                self.replace_by(next);
-                Ok(())
-            }
-            Err(error) => {
-                self.counters.errors += 1;
-                let (spec, plan) = (self.spec.clone(), self.plan.clone());
-                match Self::new(device, spec, plan, self.arena, Before::default()) {
-                    Ok(old) => self.replace_by(old),
-                    Err(second) => self.poison(second.to_string()),
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Residents go to their new places. Nothing else runs; blocks until they are there, since a
-    /// block that streams nothing waits for no copy.
-    fn move_residents(&self, moves: &[Move]) -> Result<()> {
-        for part in moves.iter().filter_map(|&one| copies(one)).flatten() {
-            let (from, to) =
-                (self.arena.at(part.from, part.bytes), self.arena.at(part.to, part.bytes));
-            self.device.copy_within(from, to, part.bytes)?;
-        }
-        self.device.flush();
-        if moves.is_empty() { Ok(()) } else { self.device.quiesce(None) }
-    }
-
-    /// Goes on as `next`, which has just been made; what was counted and learned stays.
-    fn replace_by(&mut self, mut next: Self) {
-        next.moved_before = self.moved();
-        next.counters = self.counters;
-        std::mem::swap(&mut next.order, &mut self.order);
-        std::mem::swap(&mut next.tuner, &mut self.tuner);
-        std::mem::swap(&mut next.life, &mut self.life);
-        *self = next;
-    }
-
     /// Blocks until nothing of this engine reads or writes on the device any more.
-    fn stop(&mut self) -> Result<()> {
+    pub(super) fn stop(&mut self) -> Result<()> {
         self.review.stop();
         self.proposal = None;
         let stopped = self.executor.stop();
@@ -359,7 +304,7 @@ impl Core {
         }
     }
 
-    fn moved(&self) -> (u64, u64) {
+    pub(super) fn moved(&self) -> (u64, u64) {
         let (bytes, copies) = self.moved.sums();
         (bytes + self.moved_before.0, copies + self.moved_before.1)
     }

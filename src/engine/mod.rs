@@ -101,19 +101,36 @@ impl Engine {
         Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
     }
 
-    /// Plans anew, for another budget and for the order learned so far, and starts over in a
-    /// new arena. Blocks until all work of this engine on the device has ended.
+    /// Plans anew, for another budget and for the order and the times learned so far, in the same
+    /// arena or in a new one, which kernels on `compute` may have used before. Residents that stay
+    /// are moved on the device. Blocks until all work of this engine on the device has ended.
     ///
     /// # Errors
     ///
     /// As [`Engine::new`]; the engine goes on with its old plan in its old arena then. If the
     /// device refuses that as well, the engine is poisoned.
-    pub fn rebuild(&self, budget_bytes: u64, address: u64, bytes: u64) -> Result<()> {
-        self.core.lock().call(|core| {
-            core.rebuild(budget_bytes, address, bytes)?;
+    pub fn rebuild(
+        &self,
+        budget_bytes: u64,
+        address: u64,
+        bytes: u64,
+        compute: ComputeStream,
+    ) -> Result<()> {
+        self.core.lock().call_vacant(|core| {
+            core.rebuild(budget_bytes, (address, bytes), compute)?;
             self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
             Ok(())
         })
+    }
+
+    /// Gives the arena up, so that its memory may be freed before a smaller one is made. Blocks
+    /// until nothing uses it any more. Blocks are refused until [`Engine::rebuild`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Misuse`] while a block runs, or the device's error.
+    pub fn vacate(&self) -> Result<()> {
+        self.core.lock().call(Core::vacate)
     }
 
     /// What [`Engine::rebuild`] would plan for `budget_bytes`, with the order learned so far.

@@ -92,7 +92,7 @@ impl Run {
     }
 
     fn rebuild(&mut self, budget: u64, arena: u64) {
-        self.engine.rebuild(budget, arena, budget).expect("feasible");
+        self.engine.rebuild(budget, arena, budget, COMPUTE).expect("feasible");
         (self.budget, self.arena) = (budget, arena);
         self.layout = self.engine.layout();
     }

@@ -228,7 +228,7 @@ fn tensors_that_share_memory_are_locked_once() {
         rig.use_block(&session, block, session.stream(0), 50).expect("no faults");
     }
     assert_eq!(rig.wrong(&session), 0);
-    rig.engine.rebuild(least, rig.arena.address(), least).expect("feasible");
+    rig.engine.rebuild(least, rig.arena.address(), least, session.stream(0)).expect("feasible");
     rig.engine.close().expect("no faults");
     assert_eq!(session.get("host_ranges"), 0);
     drop(rig);
@@ -248,7 +248,7 @@ fn a_new_plan_waits_for_all_kernels_of_the_old_one() {
             rig.use_block(&session, block, stream, 1000).expect("no faults");
         }
         let arena = Pages::new(budget).expect("host memory");
-        rig.engine.rebuild(budget, arena.address(), budget).expect("feasible");
+        rig.engine.rebuild(budget, arena.address(), budget, session.stream(0)).expect("feasible");
         // Who still read the old arena would see this.
         dgls_core::driver::host::shim::fill(rig.arena.address(), 0, rig.arena.bytes());
         rig.arena = arena;

@@ -233,7 +233,7 @@ fn a_plan_that_cannot_be_changed_stays() {
             std::thread::yield_now(); // the staging thread has marks of its own to record
         }
         session.set("fail_record_in", 1);
-        let refused = rig.engine.rebuild(2 * least, other.address(), 2 * least);
+        let refused = rig.engine.rebuild(2 * least, other.address(), 2 * least, stream);
         let error = refused.expect_err("the new events cannot be recorded");
         assert!(matches!(error, Error::Driver { call: "cuEventRecord", .. }), "{error}");
         assert_eq!(rig.engine.plan(), old);
@@ -250,7 +250,7 @@ fn a_plan_that_cannot_be_changed_stays() {
     }
     session.set("fail_record_in", 1);
     session.set("pin_cap", 0);
-    rig.engine.rebuild(2 * least, other.address(), 2 * least).expect_err("as before");
+    rig.engine.rebuild(2 * least, other.address(), 2 * least, stream).expect_err("as before");
     let error = rig.use_block(&session, 0, stream, 20).expect_err("no plan is left");
     assert!(matches!(error, Error::Poisoned(_)), "{error}");
     rig.engine.close().expect("the error was told already");

@@ -213,19 +213,47 @@ fn a_new_plan_runs_in_a_new_arena_and_in_the_old_one() {
         weights.pass(&engine, arena.address()).expect("no faults");
         let before = engine.stats();
         let next = Pages::new(budget).expect("host memory");
-        engine.rebuild(budget, next.address(), budget).expect("feasible");
+        engine.rebuild(budget, next.address(), budget, COMPUTE).expect("feasible");
         arena = next;
         assert!(engine.plan().arena_bytes <= budget);
         assert_eq!(engine.stats().counters.rebuilds, before.counters.rebuilds + 1);
         assert_eq!(engine.stats().bytes, before.bytes, "what was copied stays counted");
     }
-    let old = engine.plan();
-    let too_small = engine.rebuild(least - 1, arena.address(), arena.bytes());
+    // All residents are there already: only what is streamed is copied in the next pass.
+    let budget = 4 * least;
+    let mut copied = Vec::new();
+    for _ in 0..2 {
+        let next = Pages::new(budget).expect("host memory");
+        engine.rebuild(budget, next.address(), budget, COMPUTE).expect("feasible");
+        arena = next;
+        let before = engine.stats().bytes;
+        weights.pass(&engine, arena.address()).expect("no faults");
+        copied.push(engine.stats().bytes - before);
+    }
+    let resident = engine.plan().resident_bytes;
+    assert!(copied[1] + resident / 2 < copied[0], "{copied:?}, of which {resident} stay");
+
+    // Without an arena no block runs; with another one all is brought again.
+    engine.vacate().expect("idle");
+    assert!(matches!(engine.enter(0, COMPUTE), Err(Error::Misuse(_))));
+    assert!(matches!(engine.prefetch(COMPUTE), Err(Error::Misuse(_))));
+    dgls_core::driver::host::shim::fill(arena.address(), 0xFF, arena.bytes());
+    let too_small = engine.rebuild(least - 1, arena.address(), arena.bytes(), COMPUTE);
     assert!(matches!(too_small, Err(Error::BudgetTooSmall { .. })));
-    let short = engine.rebuild(all, arena.address(), align_up(least));
+    assert!(matches!(engine.enter(0, COMPUTE), Err(Error::Misuse(_))), "there is no arena yet");
+    engine.rebuild(2 * least, arena.address(), 2 * least, COMPUTE).expect("feasible");
+    weights.pass(&engine, arena.address()).expect("no faults");
+    weights.pass(&engine, arena.address()).expect("no faults");
+    let old = engine.plan();
+    let too_small = engine.rebuild(least - 1, arena.address(), arena.bytes(), COMPUTE);
+    assert!(matches!(too_small, Err(Error::BudgetTooSmall { .. })));
+    let short = engine.rebuild(all, arena.address(), align_up(least), COMPUTE);
     assert!(matches!(short, Err(Error::Invalid(_))));
     let entered = engine.enter(0, COMPUTE).expect("no faults");
-    assert!(matches!(engine.rebuild(2 * least, arena.address(), 2 * least), Err(Error::Misuse(_))));
+    assert!(matches!(
+        engine.rebuild(2 * least, arena.address(), 2 * least, COMPUTE),
+        Err(Error::Misuse(_))
+    ));
     assert!(matches!(engine.enter(1, COMPUTE), Err(Error::Misuse(_))));
     engine.exit(COMPUTE).expect("block 0 runs");
     assert!(matches!(engine.exit(COMPUTE), Err(Error::Misuse(_))));
@@ -290,5 +318,5 @@ fn a_closed_engine_refuses_and_keeps_its_numbers() {
     engine.exit(COMPUTE).expect("the hook of a block that still ran does no harm");
     assert!(matches!(engine.enter(1, COMPUTE), Err(Error::Misuse(_))));
     assert!(matches!(engine.prefetch(COMPUTE), Err(Error::Misuse(_))));
-    assert!(matches!(engine.rebuild(least, 4096, least), Err(Error::Misuse(_))));
+    assert!(matches!(engine.rebuild(least, 4096, least, COMPUTE), Err(Error::Misuse(_))));
 }

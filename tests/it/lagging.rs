@@ -122,7 +122,7 @@ fn a_plan_can_be_changed_while_the_staging_thread_is_busy() {
     rig.hold();
     rig.use_block(1, 1, 500_000);
     std::thread::scope(|scope| {
-        let rebuilt = scope.spawn(|| rig.engine.rebuild(BUDGET, ARENA, BUDGET));
+        let rebuilt = scope.spawn(|| rig.engine.rebuild(BUDGET, ARENA, BUDGET, ComputeStream(1)));
         // It waits for the read, whichever of the two comes first.
         rig.held.hold(false);
         rebuilt.join().expect("no panic").expect("no faults");

@@ -311,7 +311,7 @@ impl World {
     fn rebuild(&mut self, budget: u64) {
         if self.random.chance(5) {
             let (least, _) = self.stack.budgets();
-            match self.engine.rebuild(least - 1, self.arena.0, self.arena.1) {
+            match self.engine.rebuild(least - 1, self.arena.0, self.arena.1, self.stream) {
                 Err(Error::BudgetTooSmall { .. }) => {}
                 other => {
                     // The last error was final, which only the next call tells.
@@ -331,7 +331,7 @@ impl World {
             self.occupied = true;
         }
         let old = self.arena;
-        let rebuilt = self.engine.rebuild(budget, next.0, next.1);
+        let rebuilt = self.engine.rebuild(budget, next.0, next.1, self.stream);
         let done = self.judge(rebuilt).is_some();
         if done {
             self.rebuilds += 1;

@@ -120,7 +120,7 @@ def test_a_refused_replan_changes_nothing(bad: Any) -> None:
 
 
 def test_a_replan_that_fails_half_way_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dgls_torch import native
+    from dgls_torch import native, resizing
 
     model = net()
     expected, before = run(model), Snapshot(model)
@@ -132,16 +132,23 @@ def test_a_replan_that_fails_half_way_goes_back(monkeypatch: pytest.MonkeyPatch)
             raise torch.OutOfMemoryError("injected")
         return make(size, device)
 
+    sizes = budgets(model)
     monkeypatch.setattr(native, "empty_arena", fail)
-    with attach(model, budgets(model)[2]) as s:
+    monkeypatch.setattr(resizing, "empty_arena", fail)
+    with attach(model, sizes[2]) as s:
         run(model)
         plan = s.plan
-        failures[0] = 1
+        failures[0] = 1  # there is no room for both
+        assert s.replan(sizes[1]).vram_bytes == s.config.vram_bytes == sizes[1]
+        assert same(run(model), expected)
+        s.replan(plan.vram_bytes)
+        assert same(run(model), expected)
+        failures[0] = 2  # nor for the new one alone
         with pytest.raises(torch.OutOfMemoryError, match="injected"):
             s.replan(1 << 30)
-        assert s.plan == plan
+        assert (s.plan.arena_bytes, s.plan.vram_bytes) == (plan.arena_bytes, plan.vram_bytes)
         assert same(run(model), expected)
-        failures[0] = 2  # not even the old one can be had again
+        failures[0] = 3  # not even the old one can be had again
         with pytest.raises(torch.OutOfMemoryError, match="injected"):
             s.replan(1 << 30)
         with torch.inference_mode(), pytest.raises(RuntimeError, match="closed"):
@@ -150,15 +157,39 @@ def test_a_replan_that_fails_half_way_goes_back(monkeypatch: pytest.MonkeyPatch)
     assert same(run(model), expected)
 
 
+def test_what_stays_is_not_fetched_again() -> None:
+    model = net(16)
+    expected = run(model)
+    with attach(model, budgets(model)[-2], adapt=False) as s:
+        for _ in range(3):
+            run(model)
+        large = s.plan.vram_bytes
+        for size in (large - s.plan.block_bytes // 16, large):
+            stayed = sum(b.resident_bytes for b in s.plan.blocks)
+            before = s.report().h2d_bytes_total
+            plan = s.replan(size)
+            assert same(run(model), expected)
+            copied = s.report().h2d_bytes_total - before
+            newly = max(0, sum(b.resident_bytes for b in plan.blocks) - stayed)
+            # What is streamed twice at most: some of the next pass is on its way already.
+            assert copied <= 2 * plan.streamed_bytes + newly
+            assert 2 * copied < stayed
+        # Without a budget all of it is: weights may have changed in a way that nobody notices.
+        s.replan()
+        assert same(run(model), expected)
+        assert s.report().h2d_bytes_total >= s.plan.block_bytes
+
+
 def test_replan_after_the_order_was_learned() -> None:
     model = net()
     order = [5, 1, 1, 3]
     with torch.inference_mode(), attach(model, budgets(model)[0]) as s:
         model(inputs(), order)
+        before = s.report().mispredicted
         s.replan(budgets(net())[2])
         for _ in range(3):
             assert same(model(inputs(), order), net()(inputs(), order))
-        assert s.report().mispredicted == 0
+        assert s.report().mispredicted == before
         assert [b.name for b in s.plan.blocks][:3] == ["blocks.5", "blocks.1", "blocks.3"]
 
 

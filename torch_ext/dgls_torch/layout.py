@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from dgls_torch.blocks import check_disjoint, chosen_blocks, compute_device, find_blocks
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.memory import auto_vram_bytes
@@ -16,6 +13,9 @@ from dgls_torch.weights import Weight, block_weights, check_on_host, parameters_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import torch
+    from torch import nn
 
     from dgls_torch.config import StreamConfig
     from dgls_torch.native import Engine
@@ -205,21 +205,3 @@ def _weak(module: nn.Module) -> object:
 def _modules_of(weak: object) -> list[nn.Module]:
     block: Any = weak() if callable(weak) else None
     return [] if block is None else list(block.modules())
-
-
-def empty_arena(size: int, device: torch.device) -> torch.Tensor:
-    """Device memory for residents and slots: one allocation, owned by torch.
-
-    A normal tensor also under inference mode: parameters are bound to views of it.
-
-    Raises:
-        torch.OutOfMemoryError: With how much was wanted for what.
-    """
-    with torch.inference_mode(False):
-        try:
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"the plan takes {format_bytes(size)} on {device}, which are not free; give a "
-                f"smaller vram ({error})"
-            ) from error

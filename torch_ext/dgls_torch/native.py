@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dgls_torch import _C, untraced
-from dgls_torch.layout import Layout, empty_arena
+from dgls_torch.arena import empty_arena
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
 from dgls_torch.weights import inner_tensors
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
+    from dgls_torch.layout import Layout
     from dgls_torch.weights import Weight
 
 _ops = torch.ops.dgls
@@ -52,6 +53,7 @@ class Engine:
         """
         self._layout = layout
         self._on_rebuild = untraced.rarely(on_rebuild)
+        self._base_bytes = 0
         self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
         layout.check_budget(self.vram_bytes)
         if config.resident is not None:
@@ -65,10 +67,8 @@ class Engine:
         self._blocks = [b for b, _ in sequence]
         self._sizes = [p.bytes for _, p in sequence]
         self._budget = self.vram_bytes - layout.outside_bytes
-        total = sum(layout.block_bytes)
-        self._arena = empty_arena(min(self._budget, total), layout.device)
-        self._base_bytes = _allocated(layout.device)
-        _reset_peak(layout.device)
+        self._arena = empty_arena(min(self._budget, sum(layout.block_bytes)), layout.device)
+        self._watch_peak()
         files = [] if layout.source is None else [str(f.path) for f in layout.source.files]
         self._number: int | None = _ops.create(
             self._arena,
@@ -271,6 +271,11 @@ class Engine:
         peak = torch.cuda.max_memory_allocated(self._layout.device)
         return max(0, peak - self._base_bytes)
 
+    def _watch_peak(self) -> None:
+        if self._layout.device.type == "cuda":
+            self._base_bytes = torch.cuda.memory_allocated(self._layout.device)
+            torch.cuda.reset_peak_memory_stats(self._layout.device)
+
     def close(self) -> None:
         """Binds the masters, takes the hooks off, waits for the device, gives the arena back."""
         for capsule in self._capsules:
@@ -361,12 +366,3 @@ def _pinned_bytes(config: StreamConfig, device: torch.device) -> int:
     if device.type == "cpu" and os.environ.get("DGLS_TEST_DRIVER", "auto") != "cuda":
         return 0
     return pinned_budget(config.pinned, host_memory())
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)

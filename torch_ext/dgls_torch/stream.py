@@ -15,6 +15,7 @@ from dgls_torch.config import StreamConfig
 from dgls_torch.layout import Layout
 from dgls_torch.native import Engine
 from dgls_torch.pass_hooks import PassHooks
+from dgls_torch.resizing import resize
 
 if TYPE_CHECKING:
     import os
@@ -155,8 +156,10 @@ class Stream:
     def replan(self, vram: int | float | str | None = None) -> Plan:
         """Plans anew for a budget, or for the present one and what was learned meanwhile.
 
-        Blocks until the device is done with the old plan. The first pass afterwards fetches the
-        resident weights again. If the new budget is refused, the old plan stays in force.
+        Blocks until the device is done with the old plan. For another budget resident weights
+        that stay are moved on the device, if there is room for both arenas for a moment; else, and
+        without ``vram``, the first pass afterwards fetches them again. Without ``vram`` counts and
+        times start anew, too. If the new budget is refused, the old plan stays in force.
 
         Raises:
             ValueError: The budget is too small; the message names the smallest that works.
@@ -165,20 +168,28 @@ class Stream:
         old, layout = self._attached()
         config = self.config if vram is None else self.config.replace(vram=vram)
         old.check_idle()
-        budget, rebuild = layout.budget(config, old), self._on_rebuild()
+        budget = layout.budget(config, old)
         layout.check_budget(budget)
-        order = old.order()
+        if vram is None:
+            self._renew(old, layout, budget)
+        else:
+            resize(old, budget)
+        self.config = config
+        return self.plan
+
+    def _renew(self, old: Engine, layout: Layout, budget: int) -> None:
+        """Starts over: weights may have changed in a way that nobody noticed."""
+        order, rebuild, hooked = old.order(), self._on_rebuild(), not self.is_suspended
         old.close()  # there may be no room for both
-        hooked = not self.is_suspended
         try:
-            self._parts.engine = Engine(layout, config, rebuild, order, budget, is_hooked=hooked)
+            self._parts.engine = Engine(
+                layout, self.config, rebuild, order, budget, is_hooked=hooked
+            )
         except BaseException:
             self._parts.engine = Engine(
                 layout, self.config, rebuild, order, old.vram_bytes, is_hooked=hooked
             )
             raise
-        self.config = config
-        return self.plan
 
     @property
     def is_suspended(self) -> bool:

@@ -110,7 +110,7 @@ fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
     let after = plan_after(profile, budget_bytes, Some(before)).ok()?;
-    let kept = transition(profile, before, &after, &|_| true).kept;
+    let kept = transition(profile, before, &after, true, &|_| true).kept;
     let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);
     let brought: u64 = new.map(|number| align_up(profile.tensors[number].bytes)).sum();
     let most = after
@@ -124,7 +124,7 @@ fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
     (saved_s > LEAST_SAVED * now_s && saved_s * PASSES > cost_s).then_some(after)
 }
 
-/// How residents get from one plan's places to another's, within one arena.
+/// How residents get from one plan's places to another's.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Transition {
     /// For each tensor, whether it is at its new place already or will be after `moves`.
@@ -133,11 +133,13 @@ pub(in crate::engine) struct Transition {
     pub(in crate::engine) moves: Vec<Move>,
 }
 
-/// The residents of `before` that `after` keeps; `loaded` says of which blocks they have arrived.
+/// The residents of `before` that `after` keeps, in the same arena or in another one; `loaded` says
+/// of which blocks they have arrived.
 pub(in crate::engine) fn transition(
     profile: &Profile,
     before: &Plan,
     after: &Plan,
+    same_arena: bool,
     loaded: &dyn Fn(u32) -> bool,
 ) -> Transition {
     let tensors = profile.tensors.len();
@@ -149,6 +151,9 @@ pub(in crate::engine) fn transition(
             kept[number] = true;
             wanted.push(Move { tensor: narrow(number), from, to, bytes: tensor.bytes });
         }
+    }
+    if !same_arena {
+        return Transition { kept, moves: wanted };
     }
     let (mut moves, dropped) = in_order(wanted);
     let far = |one: &Move| copies(*one).is_some();

@@ -1,0 +1,118 @@
+//! The change from one plan to another: what stays on the device goes to its new place.
+
+use std::sync::Arc;
+
+use super::review::transition;
+use crate::driver::ComputeStream;
+use crate::engine::Spec;
+use crate::engine::core::{Before, Core};
+use crate::error::{Error, Result};
+use crate::plan::plan_after;
+use crate::pool::{Arena, Move, Pins, copies};
+use crate::units::index;
+
+impl Core {
+    fn check_idle(&self) -> Result<()> {
+        let active = self
+            .schedule
+            .active_block()
+            .map(|block| Error::Misuse(format!("the plan cannot change while block {block} runs")));
+        active.map_or(Ok(()), Err)
+    }
+
+    /// Gives the arena up: nothing reads or writes it any more.
+    pub(in crate::engine) fn vacate(&mut self) -> Result<()> {
+        self.check_idle()?;
+        self.stop().inspect_err(|error| self.poison(error.to_string()))?;
+        self.schedule.forget();
+        self.vacant = true;
+        Ok(())
+    }
+
+    /// Plans anew for a budget and the order learned so far. What stays goes to its new place on
+    /// the device, in the same arena or in another one, whose earlier users ran on `compute`.
+    pub(in crate::engine) fn rebuild(
+        &mut self,
+        budget_bytes: u64,
+        (address, bytes): (u64, u64),
+        compute: ComputeStream,
+    ) -> Result<()> {
+        self.check_idle()?;
+        let spec = Spec { budget_bytes, profile: self.best_profile(), ..self.spec.clone() };
+        let same_arena = self.arena.at(0, 0) == address;
+        let unchanged = budget_bytes == self.spec.budget_bytes && !self.order.has_learned();
+        let proposal = self.proposal.take().filter(|_| unchanged && same_arena);
+        let adopted = proposal.is_some();
+        let plan = match proposal {
+            Some(plan) => plan,
+            None => plan_after(&spec.profile, budget_bytes, same_arena.then_some(&self.plan))?,
+        };
+        let arena = Arena::new(address, bytes, plan.arena_bytes)?;
+        // Residents that are not enqueued yet will be dropped.
+        let arrived = !self.vacant && self.executor.is_idle();
+        self.stop().inspect_err(|error| self.poison(error.to_string()))?;
+
+        let device = Arc::clone(&self.device);
+        let staging = self.executor.take_staging();
+        let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
+        let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
+        let transition = transition(&spec.profile, &self.plan, &plan, same_arena, &loaded);
+        let moved = self.move_residents(&transition.moves, &arena, compute);
+        let before = Before { pins: Some(pins), staging, kept: transition.kept };
+        match moved.and_then(|()| Self::new(Arc::clone(&device), spec, plan, arena, before)) {
+            Ok(next) => {
+                self.order.take();
+                self.counters.rebuilds += 1;
+                self.counters.adopted += u64::from(adopted);
+                self.replace_by(next);
+                Ok(())
+            }
+            Err(error) => {
+                self.counters.errors += 1;
+                let (spec, plan) = (self.spec.clone(), self.plan.clone());
+                match Self::new(device, spec, plan, self.arena, Before::default()) {
+                    Ok(old) => {
+                        let vacant = self.vacant;
+                        self.replace_by(old);
+                        self.vacant = vacant;
+                    }
+                    Err(second) => self.poison(second.to_string()),
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Residents go to their new places in `arena`. Nothing else runs; blocks until they are there,
+    /// since a block that streams nothing waits for no copy.
+    fn move_residents(&self, moves: &[Move], arena: &Arena, compute: ComputeStream) -> Result<()> {
+        if moves.is_empty() {
+            return Ok(());
+        }
+        let move_part = |part: Move| {
+            let (from, to) = (self.arena.at(part.from, part.bytes), arena.at(part.to, part.bytes));
+            self.device.copy_within(from, to, part.bytes)
+        };
+        if self.arena.at(0, 0) == arena.at(0, 0) {
+            moves.iter().filter_map(|&one| copies(one)).flatten().try_for_each(move_part)?;
+        } else {
+            // Kernels may still use what has become the arena.
+            let origin = self.schedule.origin();
+            self.device.mark_done(origin, compute)?;
+            self.device.quiesce(Some(origin))?;
+            moves.iter().copied().try_for_each(move_part)?;
+        }
+        self.device.flush();
+        self.device.quiesce(None)
+    }
+
+    /// Goes on as `next`, which has just been made; what was counted and learned stays.
+    fn replace_by(&mut self, mut next: Self) {
+        next.moved_before = self.moved();
+        next.counters = self.counters;
+        std::mem::swap(&mut next.order, &mut self.order);
+        std::mem::swap(&mut next.tuner, &mut self.tuner);
+        std::mem::swap(&mut next.life, &mut self.life);
+        *self = next;
+    }
+}
