@@ -180,15 +180,23 @@ impl Core {
 
     /// Whether `enter` may have to wait for a copy.
     pub(super) fn may_block(&self, block: u32) -> bool {
+        if self.schedule.expects_quiet(block) {
+            return false;
+        }
         let expected = self.schedule.expected(block);
         expected.is_none_or(|slot| !self.executor.is_idle() || self.device.blocks_host(slot))
     }
 
     pub(super) fn enter(&mut self, block: u32, compute: ComputeStream) -> Result<u32> {
         self.mark_origin(compute)?;
+        if compute != self.last_compute {
+            self.mark_unmarked()?;
+            self.schedule.switch_stream();
+        }
         let last = self.schedule.last_done();
         self.commands.clear();
         let entered = self.schedule.enter(block, &mut self.commands)?;
+        self.forget_times(entered.slot);
         self.active_timed = entered.number.filter(|_| entered.timed);
         self.run(compute, last)?;
         self.entered_on = compute;
@@ -212,7 +220,9 @@ impl Core {
         }
         let slot = self.schedule.exit(&mut self.commands)?;
         self.last_compute = compute;
-        self.unread[index(slot.0)] = self.active_timed.take();
+        if let Some(number) = self.active_timed.take() {
+            self.unread[index(slot.0)] = Some(number);
+        }
         self.run(compute, last)
     }
 
@@ -231,7 +241,19 @@ impl Core {
         if index(block) >= self.plan.program.loads.len() {
             return Err(Error::Misuse(format!("block {block} is not in the plan")));
         }
+        self.mark_unmarked()?; // its kernels may still read what will be overwritten
         self.schedule.reload(block);
+        Ok(())
+    }
+
+    /// Marks the end of the uses that had none, on the stream that they ran on.
+    fn mark_unmarked(&mut self) -> Result<()> {
+        let Some(slot) = self.schedule.unmarked() else { return Ok(()) };
+        self.forget_times(slot);
+        let compute = self.last_compute;
+        let marked = self.device.mark_done(slot, compute);
+        marked.inspect_err(|error| self.failed(error, compute, None))?;
+        self.schedule.marked(slot);
         Ok(())
     }
 
@@ -279,6 +301,7 @@ impl Core {
     pub(super) fn stop(&mut self) -> Result<()> {
         self.review.stop();
         self.proposal = None;
+        let marked = self.mark_unmarked();
         let stopped = self.executor.stop();
         let running = self.schedule.active_block().map_or(Ok(()), |_| {
             let origin = self.schedule.origin();
@@ -288,7 +311,7 @@ impl Core {
         let ended = self.device.quiesce(self.schedule.last_done());
         self.read_all_times();
         self.unread.fill(None);
-        stopped.and(running).and(ended)
+        marked.and(stopped).and(running).and(ended)
     }
 
     /// Ends all work and gives the host memory back. An error that poisoned the engine was told

@@ -14,6 +14,11 @@
 //! Invariant: `released <= next <= issued` or nothing is issued beyond `next`; a copy is enqueued
 //! only when the use it waits for is over, and after a wait for the last *done*: a wait on an
 //! event that was not recorded yet would be a no-op.
+//!
+//! A *quiet* use streams nothing, and what it has on the device was waited for before: it needs no
+//! mark and no wait. Only who overwrites residents, or ends the engine, has to mark its end first.
+
+mod ahead;
 
 use std::sync::Arc;
 
@@ -21,7 +26,7 @@ use super::adapt::Adapt;
 use super::command::{Command, Options};
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
-use crate::plan::{Copy, Program, Wait};
+use crate::plan::{Copy, Program};
 use crate::units::{index, narrow};
 
 /// The block that runs now.
@@ -31,6 +36,8 @@ struct Active {
     slot: EventSlot,
     /// A dormant use lies where others may come to lie: nothing is prefetched beside it.
     alone: bool,
+    /// Its end is not marked.
+    quiet: bool,
 }
 
 /// What `enter` found.
@@ -67,6 +74,14 @@ pub struct Schedule {
     tickets: Vec<u64>,
     last_ticket: u64,
     last_done: Option<EventSlot>,
+    /// The last of the uses whose end was not marked, after the last that was.
+    unmarked: Option<EventSlot>,
+    /// The last *ready* that the compute stream has waited for.
+    acquired: u64,
+    /// For each block, the *ready* after which its residents are there.
+    load_tickets: Vec<u64>,
+    /// For each position, whether a copy waits for its use.
+    awaited: Vec<bool>,
     active: Option<Active>,
     /// Cycles that are timed besides the usual ones.
     sampled: std::ops::Range<u64>,
@@ -80,7 +95,12 @@ impl Schedule {
         let here = |load: &Copy| kept.get(index(load.tensor)).is_some_and(|&kept| kept);
         let loaded = program.loads.iter().map(|loads| loads.iter().all(here)).collect();
         let kept = program.loads.iter().map(|loads| loads.iter().any(here)).collect();
+        let mut awaited = vec![false; program.uses.len()];
+        for wait in program.copies.iter().filter_map(|copy| copy.wait) {
+            awaited[index(wait.position)] = true;
+        }
         Self {
+            load_tickets: vec![0; program.loads.len()],
             program,
             next: 0,
             issued: 0,
@@ -92,6 +112,9 @@ impl Schedule {
             tickets: vec![0; slots],
             last_ticket: 0,
             last_done: None,
+            unmarked: None,
+            acquired: 0,
+            awaited,
             active: None,
             sampled: 0..0,
             options,
@@ -202,16 +225,69 @@ impl Schedule {
             self.issued_copies = 0;
         }
         if on_demand {
-            self.wait_for_last(out);
+            if !self.is_silent(number) {
+                self.wait_for_last(out);
+            }
             self.issue_rest(out);
         }
         self.next = number + 1;
         let (position, slot) = (self.position(number), self.slot(number));
-        self.active = Some(Active { position, slot, alone: false });
+        let quiet = self.is_quiet(number);
+        self.active = Some(Active { position, slot, alone: false, quiet });
+        if !quiet && self.tickets[index(slot.0)] == 0 {
+            self.mark_ready(slot, out);
+        }
         self.prefetch(out);
         let timed = self.timed(number);
-        out.push(Command::Acquire { slot, ticket: self.tickets[index(slot.0)], timed });
+        if !quiet {
+            self.acquire(slot, timed, out);
+        }
         Ok(Entered { position, slot, number: Some(number), skipped, on_demand, timed })
+    }
+
+    fn acquire(&mut self, slot: EventSlot, timed: bool, out: &mut Vec<Command>) {
+        let ticket = self.tickets[index(slot.0)];
+        out.push(Command::Acquire { slot, ticket, timed });
+        self.acquired = self.acquired.max(ticket);
+    }
+
+    /// Whether use `number` needs no *ready* of its own: there is nothing to copy for it.
+    fn is_silent(&self, number: u64) -> bool {
+        let position = index(self.position(number));
+        let used = &self.program.uses[position];
+        let nothing = used.copies.is_empty() && self.loaded[index(used.block)];
+        nothing && !self.awaited[position] && !self.timed(number)
+    }
+
+    /// Whether, besides, what it has on the device was waited for before.
+    fn is_quiet(&self, number: u64) -> bool {
+        let block = self.program.uses[index(self.position(number))].block;
+        self.is_silent(number) && self.load_tickets[index(block)] <= self.acquired
+    }
+
+    /// Whether the predicted use is of `block`, and needs no wait.
+    pub fn expects_quiet(&self, block: u32) -> bool {
+        let is_block = |number| self.program.uses[index(self.position(number))].block == block;
+        self.cycle() > 0 && is_block(self.next) && self.is_quiet(self.next)
+    }
+
+    /// The last of the uses whose end was not marked, if there are any. Before residents are
+    /// overwritten, or another stream goes on, its *done* has to be marked on its stream.
+    pub fn unmarked(&self) -> Option<EventSlot> {
+        self.unmarked
+    }
+
+    /// The *done* of `slot` was marked.
+    pub fn marked(&mut self, slot: EventSlot) {
+        self.last_done = Some(slot);
+        self.unmarked = None;
+    }
+
+    /// Blocks run on another compute stream from now on, which has waited for nothing yet.
+    pub fn switch_stream(&mut self) {
+        self.acquired = 0;
+        // Also for what was there before the first *ready*.
+        self.load_tickets.iter_mut().for_each(|ticket| *ticket = (*ticket).max(1));
     }
 
     /// The events of the predicted use, if it is of `block` and all of its copies are enqueued.
@@ -246,8 +322,8 @@ impl Schedule {
             self.issue_copies(slot, position, 0, out);
             self.mark_ready(slot, out);
         }
-        self.active = Some(Active { position, slot, alone });
-        out.push(Command::Acquire { slot, ticket: self.tickets[index(slot.0)], timed: false });
+        self.active = Some(Active { position, slot, alone, quiet: false });
+        self.acquire(slot, false, out);
         Ok(Entered { position, slot, number: None, skipped: 0, on_demand, timed: false })
     }
 
@@ -261,8 +337,12 @@ impl Schedule {
         let Some(active) = self.active.take() else {
             return Err(Error::Misuse("a block ended that had not begun".into()));
         };
-        out.push(Command::Release(active.slot));
-        self.last_done = Some(active.slot);
+        if active.quiet {
+            self.unmarked = Some(active.slot);
+        } else {
+            out.push(Command::Release(active.slot));
+            self.marked(active.slot);
+        }
         if !active.alone {
             self.released = self.next;
         }
@@ -272,70 +352,6 @@ impl Schedule {
         }
         self.prefetch(out);
         Ok(active.slot)
-    }
-
-    /// Enqueues copies in order of use for as long as the uses they wait for are over, at most
-    /// one cycle ahead: a use's events must have been waited for before they are used again.
-    pub fn prefetch(&mut self, out: &mut Vec<Command>) {
-        if self.active.is_some_and(|active| active.alone) {
-            return;
-        }
-        self.issued = self.issued.max(self.next);
-        let mut waited = false;
-        while self.issued < self.next + self.cycle() {
-            let used = &self.program.uses[index(self.position(self.issued))];
-            let range = used.copies.clone();
-            let allowed = (range.start + self.issued_copies..range.end)
-                .take_while(|&copy| self.may_issue(self.program.copies[index(copy)].wait))
-                .count();
-            let ends = range.start + self.issued_copies + narrow(allowed) == range.end;
-            if allowed == 0 && !ends {
-                return;
-            }
-            if !waited {
-                self.wait_for_last(out);
-                waited = true;
-            }
-            if ends {
-                self.issue_rest(out);
-            } else {
-                self.start_copies(out);
-                for copy in range.skip(index(self.issued_copies)).take(allowed) {
-                    out.push(Command::Copy { index: copy });
-                }
-                self.issued_copies += narrow(allowed);
-                return;
-            }
-        }
-    }
-
-    /// Whether the use that had these bytes before is over.
-    fn may_issue(&self, wait: Option<Wait>) -> bool {
-        wait.is_none_or(|wait| {
-            let cycle = self.issued / self.cycle();
-            cycle < u64::from(wait.lag)
-                || (cycle - u64::from(wait.lag)) * self.cycle() + u64::from(wait.position)
-                    < self.released + self.options.early
-        })
-    }
-
-    /// Enqueues what is left of use `issued`, and its *ready*.
-    fn issue_rest(&mut self, out: &mut Vec<Command>) {
-        let position = self.position(self.issued);
-        let slot = self.slot(self.issued);
-        self.start_copies(out);
-        self.issue_copies(slot, position, self.issued_copies, out);
-        self.mark_ready(slot, out);
-        self.issued += 1;
-        self.issued_copies = 0;
-    }
-
-    fn start_copies(&mut self, out: &mut Vec<Command>) {
-        if self.timed(self.issued) {
-            let slot = self.slot(self.issued);
-            self.stretches[index(slot.0)] = Some(self.issued_copies);
-            out.push(Command::CopyStart(slot));
-        }
     }
 
     /// The copies of the last stretch of use `number`; none if residents were brought in it too.
@@ -348,31 +364,6 @@ impl Schedule {
     /// For each block, whether its resident tensors have been asked for.
     pub fn loaded(&self) -> &[bool] {
         &self.loaded
-    }
-
-    fn issue_copies(&mut self, slot: EventSlot, position: u32, from: u32, out: &mut Vec<Command>) {
-        let used = &self.program.uses[index(position)];
-        if !self.loaded[index(used.block)] {
-            let block = used.block;
-            self.loaded[index(block)] = true;
-            out.push(if self.kept[index(block)] {
-                Command::LoadMissing { block }
-            } else {
-                Command::Load { block }
-            });
-            self.stretches[index(slot.0)] = None;
-        }
-        out.extend(used.copies.clone().skip(index(from)).map(|index| Command::Copy { index }));
-    }
-
-    fn mark_ready(&mut self, slot: EventSlot, out: &mut Vec<Command>) {
-        self.last_ticket += 1;
-        self.tickets[index(slot.0)] = self.last_ticket;
-        out.push(Command::Ready { slot, ticket: self.last_ticket });
-    }
-
-    fn wait_for_last(&self, out: &mut Vec<Command>) {
-        out.extend(self.last_done.map(Command::WaitDone));
     }
 
     /// The master of a block was changed: its resident tensors are brought again.
@@ -389,7 +380,7 @@ impl Schedule {
     pub fn forget(&mut self) {
         self.active = None;
         self.released = self.next;
-        self.last_done = None;
+        (self.last_done, self.unmarked) = (None, None);
         for (loaded, loads) in self.loaded.iter_mut().zip(&self.program.loads) {
             *loaded = loads.is_empty();
         }

@@ -52,15 +52,22 @@ impl Trace {
         Self { records: VecDeque::with_capacity(capacity), capacity }
     }
 
-    /// Adds a use; the oldest goes when the ring is full.
+    /// Adds a use at its place: times of uses that copy nothing are read later than others'. The
+    /// oldest goes when the ring is full.
     pub fn push(&mut self, record: Record) {
         if self.capacity == 0 {
             return;
         }
+        let older = |other: &Record| other.number < record.number;
+        let mut at = self.records.iter().rposition(older).map_or(0, |last| last + 1);
         if self.records.len() == self.capacity {
+            if at == 0 {
+                return;
+            }
             self.records.pop_front();
+            at -= 1;
         }
-        self.records.push_back(record);
+        self.records.insert(at, record);
     }
 
     /// The uses, oldest first.

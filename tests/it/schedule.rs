@@ -108,7 +108,7 @@ fn a_block_that_is_not_in_the_plan_changes_nothing() {
 }
 
 /// Three uses; the second has a copy that may come at any time and one that waits for the third.
-fn in_parts() -> Schedule {
+fn in_parts(timing: bool) -> Schedule {
     let used = |block: u32, copies| Use { block, copies, offsets: Vec::new() };
     let copy = |tensor, wait| Copy {
         tensor,
@@ -124,12 +124,12 @@ fn in_parts() -> Schedule {
         loads: vec![Vec::new(); 3],
         passes: 1,
     };
-    Schedule::new(Arc::new(program), Options { timing: true, ..Options::default() }, &[])
+    Schedule::new(Arc::new(program), Options { timing, ..Options::default() }, &[])
 }
 
 #[test]
 fn a_use_is_prefetched_in_parts() {
-    let mut schedule = in_parts();
+    let mut schedule = in_parts(true);
     run(&mut schedule, 0..1);
     let early = enter(&mut schedule, 1);
     assert_eq!(copies(&early), [0], "of the next pass; the other one waits for block 2");
@@ -146,10 +146,75 @@ fn a_use_is_prefetched_in_parts() {
 
 #[test]
 fn a_part_that_was_prefetched_does_not_count_after_a_cancel() {
-    let mut schedule = in_parts();
+    let mut schedule = in_parts(true);
     run(&mut schedule, 0..2);
     // Block 1 again: one of its copies is enqueued, but may have been dropped from the queue.
     let commands = enter(&mut schedule, 1);
     assert_eq!(commands[0], Command::Cancel);
     assert_eq!(copies(&commands)[..2], [0, 1]);
+}
+
+/// Four blocks that all fit, once around.
+fn resident(timing: bool) -> Schedule {
+    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let profile = Profile { tensors, order: vec![0, 1, 2, 3], ..Profile::default() };
+    let plan = plan(&profile, 4096).expect("all fits");
+    let options = Options { timing, ..Options::default() };
+    let mut schedule = Schedule::new(Arc::new(plan.program), options, &[]);
+    run(&mut schedule, 0..4);
+    schedule
+}
+
+#[test]
+fn a_block_that_is_there_costs_no_command() {
+    let mut schedule = resident(false);
+    for block in (0..4).chain([2, 2, 0]) {
+        assert!(schedule.expects_quiet(block) || block == 2 || block == 0);
+        assert_eq!(enter(&mut schedule, block), []);
+        assert_eq!(exit(&mut schedule), []);
+    }
+    let end = schedule.unmarked().expect("the end of the last use");
+    schedule.marked(end);
+    assert_eq!((schedule.unmarked(), schedule.last_done()), (None, Some(end)));
+}
+
+#[test]
+fn another_stream_waits_once_for_what_is_there() {
+    let mut schedule = resident(false);
+    schedule.switch_stream();
+    assert!(!schedule.expects_quiet(0));
+    let entered = enter(&mut schedule, 0);
+    assert!(matches!(entered[..], [Command::Ready { .. }, Command::Acquire { .. }]), "{entered:?}");
+    assert!(matches!(exit(&mut schedule)[..], [Command::Release(_)]));
+    assert_eq!(enter(&mut schedule, 1), []);
+}
+
+#[test]
+fn changed_weights_are_brought_and_waited_for() {
+    let mut schedule = resident(false);
+    schedule.reload(1);
+    let early = enter(&mut schedule, 0);
+    assert!(matches!(early[1..], [Command::Load { block: 1 }, Command::Ready { .. }]), "{early:?}");
+    exit(&mut schedule);
+    assert!(!schedule.expects_quiet(1));
+    assert!(matches!(enter(&mut schedule, 1)[..], [Command::Acquire { .. }]));
+    assert!(matches!(exit(&mut schedule)[..], [Command::Release(_)]));
+}
+
+#[test]
+fn what_is_timed_or_waited_for_is_marked() {
+    let mut timed = resident(true);
+    let last = enter(&mut timed, 0).pop();
+    assert!(matches!(last, Some(Command::Acquire { timed: true, .. })), "{last:?}");
+    assert!(exit(&mut timed).iter().any(|command| matches!(command, Command::Release(_))));
+
+    let mut schedule = in_parts(false);
+    run(&mut schedule, [0, 1, 2, 0, 1]);
+    assert_eq!(
+        enter(&mut schedule, 2).len(),
+        1,
+        "a copy waits for this use, which streams nothing"
+    );
+    assert!(matches!(exit(&mut schedule)[0], Command::Release(_)));
+    assert_eq!(enter(&mut schedule, 0), []);
 }

@@ -5,6 +5,7 @@ use super::super::command::Command;
 use super::super::core::Core;
 use super::super::trace::Record;
 use super::review::Adapt;
+use crate::driver::EventSlot;
 use crate::plan::Profile;
 use crate::units::{index, narrow};
 
@@ -44,11 +45,16 @@ impl Core {
     pub(in crate::engine) fn read_times(&mut self) {
         for at in 0..self.commands.len() {
             if let Command::CopyStart(slot) | Command::Ready { slot, .. } = self.commands[at] {
-                if let Some(number) = self.unread[index(slot.0)] {
-                    self.take_times(number);
-                    self.unread[index(slot.0)] = None;
-                }
+                self.forget_times(slot);
             }
+        }
+    }
+
+    /// Reads the times of the use that had these marks last, if nobody has; they will be gone.
+    pub(in crate::engine) fn forget_times(&mut self, slot: EventSlot) {
+        if let Some(number) = self.unread[index(slot.0)] {
+            self.take_times(number);
+            self.unread[index(slot.0)] = None;
         }
     }
 
