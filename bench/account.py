@@ -1,0 +1,162 @@
+"""Where the time of a pass went, from a profile: parts that add up to the whole.
+
+A pass is what happens on the stream that computes, from its first kernel to the first kernel of
+the next pass. Every nanosecond of it belongs to one part:
+
+    compute        a kernel runs
+    copy_inline    a copy to the device runs on that stream itself
+    launch         nothing runs, and the host has not launched the next kernel yet
+    exposed_copy   nothing runs although the next kernel was launched: it waits for another stream
+    device         the same, but for less than `_GAP_NS`: what the device takes between kernels
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_GAP_NS = 10_000.0
+PASS = "bench.pass"
+"""The name of the annotation around each pass of a profile."""
+_ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_LAUNCHES = ("cuda_runtime", "cuda_driver")
+
+
+@dataclass
+class Account:
+    """Seconds of one pass, by part."""
+
+    compute: float = 0.0
+    copy_inline: float = 0.0
+    launch: float = 0.0
+    exposed_copy: float = 0.0
+    device: float = 0.0
+    kernels: int = 0
+    hooks: float | None = None
+    """Of the host in hooks around blocks; no part of the sum, since the host runs ahead."""
+
+    @property
+    def total(self) -> float:
+        """The sum of the parts, seconds."""
+        return self.compute + self.copy_inline + self.launch + self.exposed_copy + self.device
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, with the sum."""
+        return asdict(self) | {"total": self.total}
+
+
+@dataclass(frozen=True)
+class _Work:
+    start: float
+    end: float
+    launched: float
+    is_copy: bool
+
+
+def _stream_of_compute(events: list[dict[str, Any]]) -> Any:
+    busy: Counter[Any] = Counter()
+    for event in events:
+        if event.get("cat") == "kernel":
+            busy[event["args"].get("stream")] += event["dur"]
+    if not busy:
+        raise ValueError("the profile needs kernels, found none: is this a GPU's?")
+    return busy.most_common(1)[0][0]
+
+
+def _passes(events: list[dict[str, Any]]) -> list[list[_Work]]:
+    """What ran on the stream that computes, by the pass that launched it; times in ns."""
+    stream = _stream_of_compute(events)
+    bounds = sorted(
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event.get("name") == PASS
+    )
+    launches = {
+        event["args"]["correlation"]: event["ts"] + event["dur"]
+        for event in events
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    passes: list[list[_Work]] = [[] for _ in bounds]
+    for event in events:
+        arguments = event.get("args", {})
+        if event.get("cat") not in _ON_DEVICE or arguments.get("stream") != stream:
+            continue
+        launched = launches.get(arguments.get("correlation"))
+        if launched is None:
+            continue
+        is_copy = event["cat"] == "gpu_memcpy" and "HtoD" in event["name"]
+        start, end = 1e3 * event["ts"], 1e3 * (event["ts"] + event["dur"])
+        for index, (begin, finish) in enumerate(bounds):
+            if begin <= launched <= finish + 1e-3:
+                passes[index].append(_Work(start, end, 1e3 * launched, is_copy))
+    return [sorted(works, key=lambda work: work.start) for works in passes]
+
+
+def _one(works: list[_Work]) -> Account:
+    """The parts of the pass that these works make, up to the end of the last; in ns."""
+    found = Account(kernels=len(works))
+    now = works[0].start
+    for work in works:
+        _gap(found, now, work)
+        length = max(0.0, work.end - max(now, work.start))
+        if work.is_copy:
+            found.copy_inline += length
+        else:
+            found.compute += length
+        now = max(now, work.end)
+    return found
+
+
+def _gap(found: Account, now: float, work: _Work) -> None:
+    if work.start <= now:
+        return
+    late = min(max(work.launched, now), work.start)
+    found.launch += late - now
+    rest = work.start - late
+    if rest >= _GAP_NS:
+        found.exposed_copy += rest
+    else:
+        found.device += rest
+
+
+def from_trace(events: list[dict[str, Any]]) -> Account:
+    """The mean of all whole passes of a profile; the last one has no end and is left out.
+
+    Raises:
+        ValueError: There are fewer than two passes, or a pass without kernels.
+    """
+    passes = _passes(events)
+    if len(passes) < 2 or not all(passes):
+        raise ValueError(f"the profile needs two passes with kernels, found {len(passes)}")
+    total = Account()
+    count = len(passes) - 1
+    for works, following in zip(passes, passes[1:], strict=False):
+        part = _one(works)
+        _gap(part, max(work.end for work in works), following[0])
+        for name in ("compute", "copy_inline", "launch", "exposed_copy", "device"):
+            setattr(total, name, getattr(total, name) + 1e-9 * getattr(part, name) / count)
+        total.kernels += part.kernels
+    total.kernels //= count
+    return total
+
+
+def profile(run_pass: Callable[[], None], passes: int = 3) -> Account:
+    """Profiles ``passes`` passes on the GPU that are enqueued without a break."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(passes):
+            with torch.profiler.record_function(PASS):
+                run_pass()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return from_trace(events)
