@@ -1,4 +1,4 @@
-"""The commands: ``python -m bench run|compare|page|plans``, and ``worker``, which ``run`` starts."""
+"""The entry: ``python -m bench run|compare|page|show``, and ``worker``, which ``run`` starts."""
 
 from __future__ import annotations
 

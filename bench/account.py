@@ -12,15 +12,18 @@ the next pass. Every nanosecond of it belongs to one part:
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GAP_NS = 10_000.0
 PASS = "bench.pass"
@@ -137,7 +140,7 @@ def from_trace(events: list[dict[str, Any]]) -> Account:
         raise ValueError(f"the profile needs two passes with kernels, found {len(passes)}")
     total = Account()
     count = len(passes) - 1
-    for works, following in zip(passes, passes[1:], strict=False):
+    for works, following in itertools.pairwise(passes):
         part = _one(works)
         _gap(part, max(work.end for work in works), following[0])
         for name in ("compute", "copy_inline", "launch", "exposed_copy", "device"):

@@ -58,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Limit:
-    """What no policy beats on a machine: compute alone, or the bytes that do not fit on the link."""
+    """What no policy beats: compute alone, or the bytes that do not fit over the link's rate."""
 
     weight_bytes: int
     budget_bytes: int

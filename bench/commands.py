@@ -61,17 +61,13 @@ def _run(options: argparse.Namespace) -> int:
         python=options.python,
         command=command,
         deep=options.deep,
+        keep_weights=options.keep_weights,
         engines=wanted,
         log=options.log,
     )
     stages = list(PLANS[options.plan])
-    try:
-        Run(stages, settings, results).run()
-    finally:
-        results.save(options.out)
-        if not options.keep_weights:
-            for path in options.folder.glob("*.weights"):
-                path.unlink()
+    Run(stages, settings, results).run()
+    results.save(options.out)
     from bench.table import print_table
 
     print_table(results)

@@ -102,7 +102,7 @@ class Limits(Worker):
         stack.pace(point.pace_s)
         x, c = job.bed.workload.inputs(point.tokens, job.device)
         found = measure.digest(stack, x, c)
-        warm = measure.timed(stack, x, c, job.effort.least).median_s
+        warm = measure.timed(stack, x, c, job.effort.warm).median_s
         before = measure.allocator_counts(job.device)
         timing = measure.timed(stack, x, c, job.effort.passes(warm))
         after = measure.allocator_counts(job.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -26,9 +27,11 @@ _SAMPLE_S = 0.002
 class Effort:
     """How many passes are run: at least some, then until a time is up, at most some."""
 
-    least: int = 4
+    warm: int = 5
+    """Passes after the two checked ones and before the timed ones."""
+    least: int = 3
     most: int = 8
-    seconds: float = 1.5
+    seconds: float = 1.2
 
     def passes(self, pass_s: float) -> int:
         """The number for passes of ``pass_s`` seconds."""
@@ -100,7 +103,7 @@ def timed(step: Step, x: Tensor, c: Tensor, passes: int) -> Timing:
     chain(step, x, c, passes, mark)
     enqueue, host = time.perf_counter() - begun, time.thread_time() - cpu
     wait(device)
-    pairs = list(zip(marks, marks[1:], strict=False))
+    pairs = list(itertools.pairwise(marks))
     if device.type == "cuda":
         spans = [1e-3 * before.elapsed_time(after) for before, after in pairs]
     else:

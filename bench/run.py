@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import weights
+from bench.engines import ENGINES
 from bench.measure import Effort
-from bench.results import Results
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bench.plans import Stage
+    from bench.results import Results
 
 _PATIENCE_S = 60.0
 """How long after its deadline a process may take before it is killed."""
@@ -40,6 +42,7 @@ class Options:
     python: str
     command: str
     deep: bool = True
+    keep_weights: bool = False
     engines: tuple[str, ...] | None = None
     log: Path | None = None
 
@@ -126,6 +129,9 @@ class Run:
                     ahead = self._start(tasks[number + 1], Path(scratch), number + 1)
                 self._one(task, now)
                 self._results.save(self._options.out)
+                following = [later.stage.bed.workload for later in tasks[number + 1 :]]
+                if task.stage.bed.workload not in following and not self._options.keep_weights:
+                    weights.remove(task.stage.bed.workload, self._options.folder)
 
     def _open_tasks(self) -> Iterator[_Task]:
         """The tasks, without limits that are known or that an earlier task measures."""
@@ -150,7 +156,10 @@ class Run:
         if not is_limits and not job["cells"]:
             process.end()
             return
-        if begun > self._deadline:
+        if ENGINES[task.engine].needs_cuda and self._options.device != "cuda":
+            process.end()
+            rows = [{"status": "failed", "reason": "needs a CUDA device, found the CPU"}]
+        elif begun > self._deadline:
             process.end()
             rows = [{"status": "skipped", "reason": "no time was left"}]
         else:

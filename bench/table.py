@@ -22,7 +22,7 @@ def cell_text(results: Results, cell: dict[str, Any] | None) -> str:
         return ""
     efficiency = results.efficiency(cell)
     if efficiency is None:
-        return "failed" if cell["status"] == "failed" else "–"
+        return "failed" if cell["status"] == "failed" else "-"
     marks = "" if cell["exact"] else " differs"
     marks += "" if cell.get("capped", True) else " over"
     return f"{100 * efficiency:.1f}{marks}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bench.stacks import Stack, Workload
 
 _ALIGNMENT = 512

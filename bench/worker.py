@@ -59,7 +59,7 @@ def _job(value: dict[str, Any]) -> Job:
         engine=value["engine"],
         bed=Bed.from_json(value["bed"]),
         folder=Path(value["folder"]),
-        device=torch.device(value["device"]),
+        device=torch.device("cuda", 0) if value["device"] == "cuda" else torch.device("cpu"),
         link_bytes_per_s=value["link_bytes_per_s"],
         effort=Effort(**value["effort"]),
         cells=[(budget, Point(**point)) for budget, point in value["cells"]],
@@ -101,12 +101,7 @@ class Worker:
         """Measures all cells; a budget that fails costs its own cells only."""
         budgets = list(dict.fromkeys(budget for budget, _ in self.job.cells))
         for budget in budgets:
-            points = [point for b, point in self.job.cells if b == budget]
-            try:
-                self._budget(budget, points)
-            except Exception as error:
-                traceback.print_exc()
-                self._failed(budget, points, error)
+            self._budget(budget, [point for b, point in self.job.cells if b == budget])
             gc.collect()
             self.empty_cache()
 
@@ -129,31 +124,35 @@ class Worker:
         return attached, stack, time.perf_counter() - begun
 
     def _budget(self, budget: int, points: list[Point]) -> None:
-        """Measures the points of one budget; retries without the cap where memory runs out."""
-        left = list(points)
-        for capped in (True, False):
-            attached, stack, took = self.attach(budget)
-            try:
-                while left and time.time() < self.job.deadline:
-                    self._cap(budget, left[0], capped)
-                    row = self._row(budget, left[0]) | {"setup_s": took, "capped": capped}
-                    self.write(row | self._measure(attached, stack, left[0]))
-                    left.pop(0)
-                break
-            except Exception as error:
-                if not capped or "out of memory" not in str(error):
-                    self._failed(budget, left, error)
-                    left.clear()
-                    break
-            finally:
-                self._cap(budget, points[0], False)
-                attached.close()
-                del attached, stack
-                gc.collect()
-                self.empty_cache()
+        """Measures the points of one budget; once more without the cap where memory runs out."""
+        left = self._capped(budget, points, True)
+        if left:
+            left = self._capped(budget, left, False)
         for point in left:
-            reason = "no time was left"
-            self.write(self._row(budget, point) | {"status": "skipped", "reason": reason})
+            skipped = {"status": "skipped", "reason": "no time was left"}
+            self.write(self._row(budget, point) | skipped)
+
+    def _capped(self, budget: int, points: list[Point], is_on: bool) -> list[Point]:
+        """Measures points until one fails; returns those that another try may still measure."""
+        left, attached = list(points), None
+        try:
+            self._cap(budget, left[0], is_on)
+            attached, stack, took = self.attach(budget)
+            while left and time.time() < self.job.deadline:
+                self._cap(budget, left[0], is_on)
+                row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
+                self.write(row | self._measure(attached, stack, left[0]))
+                left.pop(0)
+        except Exception as error:
+            traceback.print_exc()
+            if not is_on or "out of memory" not in str(error):
+                self._failed(budget, left, error)
+                left.clear()
+        finally:
+            self._cap(budget, points[0], False)
+            if attached is not None:
+                attached.close()
+        return left
 
     def _cap(self, budget: int, point: Point, is_on: bool) -> None:
         """Holds torch to the budget, what the resident run needs beside weights, and some slack."""
@@ -183,16 +182,15 @@ class Worker:
         begun = time.perf_counter()
         first_hash = measure.digest(step, x, c)
         first = (time.perf_counter() - begun) / measure.CHECKED_PASSES
-        warm = measure.timed(step, x, c, job.effort.least).median_s
-        measure.timed(step, x, c, job.effort.passes(warm))
+        warm = measure.timed(step, x, c, job.effort.warm).median_s
         before = measure.allocator_counts(job.device)
         timing = measure.timed(step, x, c, job.effort.passes(warm))
         after = measure.allocator_counts(job.device)
         watch = measure.Watch(job.device)
         with watch.open():
-            measure.timed(step, x, c, 2)
+            last_hash = measure.digest(step, x, c)
         reference = job.references.get(point.key, {})
-        hashes = [first_hash, measure.digest(step, x, c)]
+        hashes = [first_hash, last_hash]
         row = {
             "status": "ok",
             "pass_s": timing.median_s,

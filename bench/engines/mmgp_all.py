@@ -8,6 +8,7 @@ import torch
 from mmgp import offload
 
 from bench.engines import Attached
+from bench.stacks import CastLinear
 
 if TYPE_CHECKING:
     from bench.engines import Setup
@@ -17,6 +18,9 @@ _MIB = 1 << 20
 
 def attach(setup: Setup) -> Attached:
     """Gives it the budget by model, in MiB: it ignores a bare number."""
+    for module in setup.stack.modules():
+        if isinstance(module, CastLinear):  # it takes one dtype, but for modules marked like this
+            module._lock_dtype = module.weight.dtype  # type: ignore[assignment]
     handle = offload.all(
         {"transformer": setup.stack},
         pinnedMemory=setup.device.type == "cuda",
