@@ -150,7 +150,7 @@ def from_trace(events: list[dict[str, Any]]) -> Account:
     return total
 
 
-def profile(run_pass: Callable[[], None], passes: int = 3) -> Account:
+def profile(run_pass: Callable[[], object], passes: int = 3) -> Account:
     """Profiles ``passes`` passes on the GPU that are enqueued without a break."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:

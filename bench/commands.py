@@ -13,7 +13,7 @@ from bench.plans import PLANS
 from bench.results import Results
 from bench.run import Options, Run, default_python
 
-_HOST_LINK = 2e9
+_HOST_LINK = 2e8
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(options: argparse.Namespace) -> str:
+    """The command for the page: what changes results, and no paths."""
+    words = ["python", "-m", "bench", "run", "--plan", options.plan]
+    words += ["--minutes", f"{options.minutes:g}", "--device", options.device]
+    words += ["--link", f"{options.link:g}"] if options.device == "cpu" else []
+    words += ["--engines", options.engines] if options.engines else []
+    return shlex.join(words)
+
+
 def _run(options: argparse.Namespace) -> int:
     wanted = None if options.engines is None else tuple(options.engines.split(","))
     unknown = [name for name in wanted or () if name not in ENGINES]
@@ -49,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"engines need some of {', '.join(ENGINES)}, found {unknown[0]!r}", file=sys.stderr)
         return 2
     results = Results.load(options.out) if options.out.exists() else Results()
-    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    command = _command(options)
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     results.value["commands"].append({"command": command, "date": when})
     settings = Options(
@@ -59,7 +68,6 @@ def _run(options: argparse.Namespace) -> int:
         minutes=options.minutes,
         link_bytes_per_s=options.link if options.device == "cpu" else None,
         python=options.python,
-        command=command,
         deep=options.deep,
         keep_weights=options.keep_weights,
         engines=wanted,

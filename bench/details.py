@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,77 +27,91 @@ if TYPE_CHECKING:
 
 _ROUNDS = 5
 _WATCHED_PASSES = 3
+_LONG_PASS_S = 0.3
 _UNHINDERED = 15
 """Blocks that the host enqueues before the device's queue can be full."""
 
 
-def details(
-    job: Job, attached: Attached, stack: Any, x: Tensor, c: Tensor, timing: Timing
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Cell:
+    """A measured cell whose engine is still attached."""
+
+    job: Job
+    attached: Attached
+    stack: Any
+    x: Tensor
+    c: Tensor
+    timing: Timing
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether a GPU computes."""
+        return self.job.device.type == "cuda"
+
+    def passes(self, count: int) -> None:
+        """Enqueues passes; nothing waits."""
+        measure.chain(self.attached.step, self.x, self.c, count, lambda: None)
+
+    def timed(self, count: int) -> Timing:
+        """Times passes, after the device has come to rest."""
+        return measure.timed(self.attached.step, self.x, self.c, count)
+
+
+def details(cell: Cell) -> dict[str, Any]:
     """The details of a cell; one that cannot be had is named with its reason."""
-    wanted = {"account": _account}
-    if job.engine == "dgls":
-        wanted = {"hooks": _hooks, "driver_calls": _driver_calls, "beside": _beside, **wanted}
-    found: dict[str, Any] = {}
-    for name, look in wanted.items():
-        found[name] = _or_reason(lambda look=look: look(job, attached, stack, x, c, timing))
-    account = found["account"]
-    if account and "total" in account:
-        account["off"] = account["total"] / timing.median_s - 1
-    return found
+    looks: dict[str, Callable[[Cell], dict[str, Any] | None]] = {}
+    if cell.job.engine == "dgls":
+        # The profiler comes last: it keeps CUPTI, which has one subscriber, for itself.
+        looks = {"hooks": _hooks, "driver_calls": _driver_calls, "beside": _beside}
+    looks["account"] = _account
+    return {name: _or_reason(look, cell) for name, look in looks.items()}
 
 
-def _or_reason(look: Callable[[], Any]) -> Any:
+def _or_reason(look: Callable[[Cell], dict[str, Any] | None], cell: Cell) -> dict[str, Any] | None:
     try:
-        return look()
+        return look(cell)
     except Exception as error:
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}"[:200]}
 
 
-def _pass(attached: Attached, x: Tensor, c: Tensor) -> None:
-    measure.chain(attached.step, x, c, 1, lambda: None)
+def _account(cell: Cell) -> dict[str, Any]:
+    """Where a pass went, and how far the sum of the parts is off the time measured before."""
+    if cell.is_on_cuda:
+        count = 2 if cell.timing.median_s > _LONG_PASS_S else 3
+        found = profile(lambda: cell.passes(1), count)
+    else:
+        clock = HookClock(cell.stack.order)
+        begun = time.perf_counter()
+        cell.timed(_WATCHED_PASSES)
+        spent = time.perf_counter() - begun
+        clock.close()
+        found = clock.account(_WATCHED_PASSES, spent)
+    return found.to_json() | {"off": found.total / cell.timing.median_s - 1}
 
 
-def _account(
-    job: Job, attached: Attached, stack: Any, x: Tensor, c: Tensor, timing: Timing
-) -> dict[str, Any]:
-    if job.device.type == "cuda":
-        return profile(lambda: _pass(attached, x, c), 2 if timing.median_s > 0.3 else 3).to_json()
-    clock = HookClock(stack.order)
-    begun = time.perf_counter()
-    measure.timed(attached.step, x, c, _WATCHED_PASSES)
-    spent = time.perf_counter() - begun
-    clock.close()
-    return clock.account(_WATCHED_PASSES, spent).to_json()
-
-
-def _hooks(
-    job: Job, attached: Attached, stack: Any, x: Tensor, c: Tensor, _: Timing
-) -> dict[str, Any]:
-    """Microseconds of the engine's hooks at each call of a block."""
-    clock = HookClock(stack.order)
+def _hooks(cell: Cell) -> dict[str, Any]:
+    """Seconds of the engine's hooks at each call of a block."""
+    clock = HookClock(cell.stack.order)
     # One pass at a time: the host must not be held up by a full queue.
-    for _pass_number in range(_WATCHED_PASSES):
-        measure.timed(attached.step, x, c, 1)
+    for _ in range(_WATCHED_PASSES):
+        cell.timed(1)
     clock.close()
     empty = HookClock.empty_s()
-    seen = clock.call_s(len(stack.order), _UNHINDERED)
+    seen = clock.call_s(len(cell.stack.order), _UNHINDERED)
     return {"call_s": max(0.0, seen - empty), "clock_s": empty}
 
 
-def _driver_calls(
-    job: Job, attached: Attached, stack: Any, x: Tensor, c: Tensor, _: Timing
-) -> dict[str, Any] | None:
+def _driver_calls(cell: Cell) -> dict[str, Any] | None:
     """Calls that hold the host up or ask for memory, in passes that nothing waits for."""
-    if job.device.type != "cuda":
+    if not cell.is_on_cuda:
         return None
     calls = DriverCalls()
-    measure.wait(job.device)
+    measure.wait(cell.job.device)
     with calls.watching() as counts:
-        measure.chain(attached.step, x, c, _WATCHED_PASSES, lambda: None)
+        cell.passes(_WATCHED_PASSES)
         seen = counts.copy()
-        measure.wait(job.device)
+        measure.wait(cell.job.device)
         control = sum(counts.values()) - sum(seen.values())
     synchronising, allocating = split(seen)
     return {
@@ -108,22 +123,22 @@ def _driver_calls(
     }
 
 
-def _beside(
-    job: Job, attached: Attached, stack: Any, x: Tensor, c: Tensor, _: Timing
-) -> dict[str, Any] | None:
+def _beside(cell: Cell) -> dict[str, Any] | None:
     """Where all fits: passes in turns with a resident stack, so that drift hits both alike."""
-    budget = attached.facts().get("streamed_bytes")
-    if budget != 0:
+    if cell.attached.facts().get("streamed_bytes") != 0:
         return None
-    if job.device.type == "cuda":
+    job = cell.job
+    if cell.is_on_cuda:
         torch.cuda.set_per_process_memory_fraction(1.0, job.device)  # two models for a while
     path = weights.make(job.bed.workload, job.folder, job.device)
     other = weights.load(job.bed.workload, path).to(job.device)
-    other.pace(max(block.pace_s for block in stack.order))
-    ours, resident = [], []
-    for _round in range(_ROUNDS):
-        ours += measure.timed(attached.step, x, c, 3).passes
-        resident += measure.timed(other, x, c, 3).passes
+    other.pace(max(block.pace_s for block in cell.stack.order))
+    ours: list[float] = []
+    resident: list[float] = []
+    measure.timed(other, cell.x, cell.c, 1)
+    for _ in range(_ROUNDS):
+        ours += cell.timed(3).passes
+        resident += measure.timed(other, cell.x, cell.c, 3).passes
     return {
         "pass_s": statistics.median(ours),
         "resident_s": statistics.median(resident),

@@ -142,7 +142,11 @@ class HostLink(Link):
 
     def copies_wait(self, mark: threading.Event) -> None:
         """By the thread."""
-        self._tasks.put(lambda: mark.wait() and None)
+
+        def wait() -> None:
+            mark.wait()
+
+        self._tasks.put(wait)
 
     def compute_waits(self, mark: threading.Event) -> None:
         """In the calling thread."""

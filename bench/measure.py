@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -174,7 +175,7 @@ def link_rate(device: torch.device, paced: float | None, size: int = 1 << 28) ->
         end.synchronize()
         if turn:
             rates.append(8 * size / (1e-3 * begin.elapsed_time(end)))
-    return sorted(rates)[len(rates) // 2]
+    return float(statistics.median(rates))
 
 
 def allocator_counts(device: torch.device) -> dict[str, int]:

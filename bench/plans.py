@@ -39,7 +39,7 @@ def _bed(
     return Bed(Workload(shape, dtype, scale, depth), eaters)
 
 
-_CI = Workload("flux", "bf16", 1 / 12, 0.25, text_tokens=2)
+_CI = Workload("flux", "bf16", 1 / 24, 0.25, text_tokens=2)
 _BRIEF = {"warm": 3, "least": 3, "most": 4, "seconds": 0.3}
 
 PLANS: dict[str, Sequence[Stage]] = {
@@ -80,7 +80,7 @@ PLANS: dict[str, Sequence[Stage]] = {
     # Without a GPU: blocks take a set time, the CPU device's link has a set rate.
     "host": (
         Stage(
-            Bed(Workload("flux", "bf16", 1 / 12, 0.5, text_tokens=2)),
+            Bed(Workload("flux", "bf16", 1 / 24, 1.0, text_tokens=2)),
             (0.25, 0.5),
             (4.0, 2.0, 1.0, 0.5, 0.25),
             ON_HOST,

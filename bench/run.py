@@ -40,7 +40,6 @@ class Options:
     minutes: float
     link_bytes_per_s: float | None
     python: str
-    command: str
     deep: bool = True
     keep_weights: bool = False
     engines: tuple[str, ...] | None = None
@@ -55,7 +54,8 @@ class Process:
         self.engine = engine
         self._job, self._out = scratch / f"job{number}.json", scratch / f"out{number}.jsonl"
         self._log = (options.log or scratch / "log").open("a")
-        command = [options.python, "-m", "bench", "worker", engine, self._job, self._out]
+        command = [options.python, "-m", "bench", "worker", engine]
+        command += [str(self._job), str(self._out)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -91,6 +91,8 @@ class Process:
     def end(self) -> None:
         """Kills it if it still runs."""
         self._process.kill()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         self._process.wait()
         self._log.close()
 

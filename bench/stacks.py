@@ -68,7 +68,8 @@ class HeadNorm(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    y: Tensor = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return y
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,7 +96,8 @@ class _Stream(nn.Module):
     def join(self, x: Tensor, attended: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
         x = x + mod[2] * self.proj(attended)
         wide = F.gelu(self.up(_norm(x) * (1 + mod[4]) + mod[3]), approximate="tanh")
-        return x + mod[5] * self.down(wide)
+        out: Tensor = x + mod[5] * self.down(wide)
+        return out
 
 
 class DoubleBlock(Block):
@@ -140,7 +142,8 @@ class SingleBlock(Block):
         q, k, v = qkv.unflatten(-1, (3, -1, HEAD_DIM)).unbind(2)
         attended = _attend(self.norm_q(q), self.norm_k(k), v)
         joined = torch.cat((attended, F.gelu(wide, approximate="tanh")), dim=-1)
-        return x + gate * self.wide_out(joined)
+        out: Tensor = x + gate * self.wide_out(joined)
+        return out
 
 
 class _Attention(nn.Module):
@@ -178,7 +181,8 @@ class WanBlock(Block):
         x = x + mod[2] * self.self_attn(normed, normed)
         x = x + self.cross_attn(self.norm_cross(x), c[:, 6:])
         wide = F.gelu(self.up(_norm(x) * (1 + mod[4]) + mod[3]), approximate="tanh")
-        return x + mod[5] * self.down(wide)
+        out: Tensor = x + mod[5] * self.down(wide)
+        return out
 
 
 class End(nn.Module):

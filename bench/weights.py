@@ -31,7 +31,7 @@ def _values(parameter: torch.nn.Parameter, generator: torch.Generator) -> torch.
     shape, device = parameter.shape, generator.device
     if parameter.dim() < 2:
         return 1 + 0.01 * torch.randn(shape, generator=generator, device=device)
-    spread = shape[-1] ** -0.5
+    spread = float(shape[-1]) ** -0.5
     return spread * torch.randn(shape, generator=generator, device=device)
 
 

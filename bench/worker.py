@@ -175,7 +175,7 @@ class Worker:
 
     def _passes(self, attached: Attached, stack: Any, point: Point) -> dict[str, Any]:
         from bench import measure
-        from bench.details import details
+        from bench.details import Cell, details
 
         job, step = self.job, attached.step
         x, c = job.bed.workload.inputs(point.tokens, job.device)
@@ -206,7 +206,7 @@ class Worker:
                 name: (after[name] - before[name]) / len(timing.passes) for name in after
             },
         }
-        row |= details(job, attached, stack, x, c, timing) if job.deep else {}
+        row |= details(Cell(job, attached, stack, x, c, timing)) if job.deep else {}
         return row | {"facts": attached.facts()}
 
 

@@ -1,0 +1,168 @@
+"""docs/benchmarks.md and its chart, made from the results of real runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from bench.compare import overhead_bytes
+from bench.engines import ENGINES
+from bench.table import account_rows, cell_text, engines_of, losers, ordered
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.results import Results
+
+_HEAD = """# Benchmarks
+
+Made by `python -m bench page` from the runs named below. Efficiency is the physical limit over the
+measured time, in percent. The limit of a pass is the larger of compute alone (the resident model,
+measured) and the bytes beyond the budget over the measured rate of page-locked copies. `ratio` is
+copy over compute: above 1 the link decides. One engine per process, the same blocks, inputs and
+budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
+that are enqueued without a break.
+
+`over`: ran out of memory under the cap (the budget, what the resident run needs beside its
+weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
+`differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
+"""
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows[1:]]
+
+
+def _machine(results: Results) -> list[str]:
+    facts = results.value["machine"]
+    where = facts.get("gpu", "no GPU: paced blocks, a link held to a rate")
+    lines = [f"{where}; {facts.get('cpu')}, {facts.get('cores')} cores; {facts.get('system')}"]
+    versions = {name: facts.get(name) for name in ("driver", "python", "torch", "dgls_torch")}
+    versions |= facts.get("packages", {})
+    lines.append(", ".join(f"{name} {value}" for name, value in versions.items() if value))
+    lines += [f"`{entry['command']}` ({entry['date']})" for entry in results.value["commands"]]
+    return [line for text in lines for line in (text, "")]
+
+
+def _beds(results: Results) -> list[str]:
+    names, lines = engines_of(results), []
+    bed = None
+    for (key, _, point), cells in ordered(results):
+        value = results.value["beds"][key]
+        if key != bed:
+            bed = key
+            rate, size = value["link_bytes_per_s"] / 1e9, value["weight_bytes"] / 1e9
+            lines += ["", f"### {value['title']}", ""]
+            lines += [f"{size:.2f} GB in {value['blocks']} blocks; link {rate:.1f} GB/s", ""]
+            head = ("budget", "tokens", "ratio", "limit ms", "ours ms", *names)
+            lines += _markdown([head])
+        one = next(iter(cells.values()))
+        limit, ours = results.limit(one), cells.get("dgls")
+        took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
+        texts = [cell_text(results, cells.get(name)) for name in names]
+        lost = " (lost)" if losers(results, cells) else ""
+        first = (f"{100 * results.share(one):.0f} %", point, f"{limit.ratio:.2f}")
+        row = (*first, f"{1e3 * limit.seconds:.1f}", took + lost, *texts)
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def _memory(results: Results) -> list[str]:
+    """The most bytes over the budget of each engine, as the driver sees it."""
+    rows: list[tuple[str, ...]] = [("engine", "most over the budget", "hooks us", "host CPU ms")]
+    for name in engines_of(results):
+        cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
+        over = [found for c in cells if (found := overhead_bytes(results, c)) is not None]
+        hooks = [c["hooks"]["call_s"] for c in cells if "call_s" in (c.get("hooks") or {})]
+        host = [c["host_cpu_s"] for c in cells]
+        rows.append(
+            (
+                ENGINES[name].title,
+                f"{max(over) / 2**20:.0f} MiB" if over else "",
+                f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
+                f"{1e3 * statistics.median(host):.1f}" if host else "",
+            )
+        )
+    return _markdown(rows)
+
+
+def _reasons(results: Results) -> list[str]:
+    reasons: dict[tuple[str, str], int] = {}
+    for cell in results.value["cells"]:
+        if cell["status"] == "failed":
+            place = (cell["engine"], cell.get("reason", "").replace("|", "/"))
+            reasons[place] = reasons.get(place, 0) + 1
+    rows = [(ENGINES[name].title, str(n), why) for (name, why), n in reasons.items()]
+    return _markdown([("engine", "cells", "reason"), *rows]) if rows else ["None failed."]
+
+
+def curve(results: Results, engine: str) -> list[tuple[float, float]]:
+    """Ratio and efficiency, the median of the cells within each factor of two."""
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for cell in results.value["cells"]:
+        efficiency = results.efficiency(cell)
+        ratio = results.limit(cell).ratio if efficiency is not None else 0.0
+        if cell["engine"] == engine and efficiency is not None and ratio > 0:
+            bins.setdefault(round(math.log2(ratio)), []).append((ratio, efficiency))
+    return [
+        (statistics.median(r for r, _ in pairs), statistics.median(e for _, e in pairs))
+        for _, pairs in sorted(bins.items())
+    ]
+
+
+def draw(loaded: list[Results], path: Path) -> None:
+    """The chart: efficiency over copy/compute, one line for each engine; SVG, PNG or PDF."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "dgls_torch"
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    largest = max(loaded, key=lambda results: len(results.value["cells"]))
+    names = [name for name in engines_of(largest) if name != "dgls"]
+    styles = ["-", "--", ":", "-."]
+    for number, name in enumerate(names):
+        points = curve(largest, name)
+        if points:
+            color = mpl.colormaps["tab20"](number % 20)
+            style = styles[number % len(styles)]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=ENGINES[name].title)
+    points = curve(largest, "dgls")
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color="black", linewidth=2.5, label=ENGINES["dgls"].title)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("copy / compute")
+    axes.set_ylabel("efficiency: physical limit / measured")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def text(loaded: list[Results], chart: str) -> str:
+    """The page."""
+    lines = [_HEAD, f"![efficiency over copy/compute]({chart})", ""]
+    for number, results in enumerate(loaded, 1):
+        lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
+        lines += ["", "### Where a pass went", ""]
+        lines += ["Milliseconds, from a profile of a few passes more; `alone` is compute alone,"]
+        lines += ["`sum` the parts together. An engine that was faster has a line of its own.", ""]
+        lines += _markdown(account_rows(results))
+        lines += ["", "### Memory and host", "", *_memory(results)]
+        lines += ["", "### What failed", "", *_reasons(results), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(loaded: list[Results], path: Path) -> None:
+    """Writes the page and, beside it, the chart."""
+    chart: Any = path.with_suffix(".svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(loaded, chart)
+    path.write_text(text(loaded, chart.name), encoding="utf-8")

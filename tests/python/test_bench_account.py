@@ -1,0 +1,149 @@
+"""Where the time of a pass went, from profiles made by hand.
+
+Goal: every nanosecond belongs to one part, and to the right one.
+Method: traces of a few kernels in the form that torch's profiler writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import bench_path
+import pytest
+
+bench_path.put_on_path()
+
+from torch import nn  # noqa: E402
+
+from bench.account import PASS, from_trace  # noqa: E402
+from bench.driver_calls import _base, split  # noqa: E402
+from bench.hook_clock import HookClock  # noqa: E402
+
+US = 1.0
+
+
+class Trace:
+    """Writes events; times in microseconds."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._number = 0
+
+    def bounds(self, begin: float, end: float) -> None:
+        self.events.append(
+            {"cat": "user_annotation", "name": PASS, "ts": begin, "dur": end - begin}
+        )
+
+    def work(
+        self, launched: float, start: float, end: float, cat: str = "kernel", stream: int = 7
+    ) -> None:
+        self._number += 1
+        name = "Memcpy HtoD (Pinned -> Device)" if cat == "gpu_memcpy" else "gemm"
+        link = {"correlation": self._number}
+        self.events.append(
+            {"cat": "cuda_runtime", "ts": launched - 1, "dur": 1, "args": dict(link)}
+        )
+        arguments = link | {"stream": stream}
+        row = {"cat": cat, "name": name, "ts": start, "dur": end - start, "args": arguments}
+        self.events.append(row)
+
+
+def two_passes(*works: tuple[float, float, float, str]) -> Trace:
+    """A pass of 1000 us with these works after a first kernel, and the next pass's first kernel."""
+    trace = Trace()
+    trace.bounds(0, 900)
+    trace.work(10, 100, 200)
+    for launched, start, end, cat in works:
+        trace.work(launched, start, end, cat)
+    trace.bounds(900, 2000)
+    trace.work(950, 1100, 1200)
+    return trace
+
+
+def parts(trace: Trace) -> dict[str, float]:
+    value = from_trace(trace.events).to_json()
+    names = ("compute", "copy_inline", "launch", "exposed_copy", "device", "total")
+    return {name: round(1e6 * value[name], 3) for name in names}
+
+
+def test_a_wait_for_another_stream_is_an_exposed_copy() -> None:
+    found = parts(two_passes((20, 500, 1100, "kernel")))
+    assert found["exposed_copy"] == 300
+    assert found["compute"] == 700
+    assert found["launch"] == 0
+
+
+def test_a_kernel_that_is_launched_late_is_a_launch_gap() -> None:
+    found = parts(two_passes((700, 705, 1100, "kernel")))
+    assert found["launch"] == 500
+    assert found["device"] == 5
+    assert found["exposed_copy"] == 0
+
+
+def test_a_late_launch_and_a_wait_share_one_gap() -> None:
+    found = parts(two_passes((400, 500, 1100, "kernel")))
+    assert (found["launch"], found["exposed_copy"]) == (200, 100)
+
+
+def test_a_copy_on_the_stream_that_computes_is_no_compute() -> None:
+    found = parts(two_passes((20, 200, 1100, "gpu_memcpy")))
+    assert (found["copy_inline"], found["compute"]) == (900, 100)
+
+
+def test_copies_of_other_streams_are_no_part() -> None:
+    trace = two_passes((20, 200, 1100, "kernel"))
+    before = parts(trace)
+    trace.work(20, 150, 900, "gpu_memcpy", stream=20)
+    assert parts(trace) == before
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_parts_add_up_to_the_pass(seed: int) -> None:
+    import random
+
+    chance = random.Random(seed)
+    now, works = 200.0, []
+    while now < 1000:
+        start = now + chance.choice([0, 2, 30])
+        end = start + chance.uniform(1, 40)
+        launched = min(899.0, max(11.0, start - chance.uniform(1, 200)))
+        works.append((launched, start, end, "kernel"))
+        now = end
+    trace = two_passes(*works)
+    trace.events = [e for e in trace.events if e.get("ts") != 1100]  # the next pass, further on
+    trace.work(951, now + 3, now + 10)
+    found = parts(trace)
+    assert found["total"] == pytest.approx(now + 3 - 100, abs=1e-2)
+
+
+def test_a_profile_without_passes_is_refused() -> None:
+    trace = Trace()
+    trace.bounds(0, 900)
+    trace.work(10, 100, 200)
+    with pytest.raises(ValueError, match="needs two passes"):
+        from_trace(trace.events)
+    with pytest.raises(ValueError, match="needs kernels"):
+        from_trace([])
+
+
+def test_driver_calls_are_told_apart() -> None:
+    counts = Counter({"cuStreamSynchronize": 2, "cuMemAlloc": 3, "cuMemHostRegister": 1})
+    assert split(counts) == (2, 4)
+    assert _base("cuMemAlloc_v2") == "cuMemAlloc"
+    assert _base("cuStreamSynchronize_ptsz") == "cuStreamSynchronize"
+
+
+def test_the_clock_around_blocks_adds_up_and_goes_away() -> None:
+    block = nn.Identity()
+    clock = HookClock([block])
+    for _ in range(4):
+        block(1)
+    account = clock.account(2, spent_s=1.0)
+    assert account.total == pytest.approx(0.5)
+    assert account.kernels == 2
+    assert account.hooks is not None
+    assert 0 <= account.hooks < 0.5
+    clock.close()
+    assert not block._forward_hooks
+    assert not block._forward_pre_hooks
