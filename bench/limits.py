@@ -72,25 +72,27 @@ class Limits(Worker):
         }
         self.write(row)
         with eating(job.device, job.bed.eaters):
-            points = job.points or self._find(attached.step, stack, loaded)
-            for point in points:
-                self.write({"kind": "point", "point": point.key} | self._point(stack, point))
+            for point, ratios in self._find(attached.step, stack, loaded).items():
+                row = {"kind": "point", "point": point.key, "ratios": ratios}
+                self.write(row | self._point(stack, point))
         attached.close()
 
-    def _find(self, step: Step, stack: Any, link: float) -> list[Point]:
-        """Points whose ratio of copy to compute is what was asked for."""
+    def _find(self, step: Step, stack: Any, link: float) -> dict[Point, list[float]]:
+        """Points with the ratios of copy to compute that they stand for; some may coincide."""
         job, copy_s = self.job, (1 - SHARE) * weight_bytes(stack) / link
         least = job.bed.workload.least_tokens()
         if job.device.type != "cuda":
-            paces = [copy_s / ratio / len(stack.order) for ratio in job.ratios]
-            return [Point(least, round(pace, 6)) for pace in paces]
+            blocks = len(stack.order)
+            return {Point(least, round(copy_s / r / blocks, 6)): [r] for r in job.ratios}
         probes = []
         for tokens in _PROBES:
             x, c = job.bed.workload.inputs(tokens, job.device)
             measure.timed(step, x, c, 1)
             probes.append((tokens, min(measure.timed(step, x, c, 2).passes)))
-        found = [tokens_for(copy_s / ratio, probes, least) for ratio in job.ratios]
-        return [Point(tokens) for tokens in dict.fromkeys(found)]
+        found: dict[Point, list[float]] = {}
+        for ratio in job.ratios:
+            found.setdefault(Point(tokens_for(copy_s / ratio, probes, least)), []).append(ratio)
+        return found
 
     def _point(self, stack: Any, point: Point) -> dict[str, Any]:
         job = self.job

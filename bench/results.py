@@ -69,26 +69,20 @@ class Results:
         keys = [known[f"{ratio:g}"] for ratio in ratios if f"{ratio:g}" in known]
         return list(dict.fromkeys(keys))
 
-    def add_limits(self, bed: Bed, ratios: Iterable[float], rows: list[dict[str, Any]]) -> None:
-        """Takes the rows of the process that measures limits; ratios belong to points in order."""
+    def add_limits(self, bed: Bed, rows: list[dict[str, Any]]) -> None:
+        """Takes the rows of the process that measures limits."""
         entry = {"bed": bed.to_json(), "title": bed.title(), "points": {}, "ratios": {}}
         entry = self.value["beds"].setdefault(bed.key, entry)
-        points = []
         for row in rows:
             if row.get("kind") == "machine":
                 self.value["machine"] = row["machine"]
             elif row.get("kind") == "bed":
                 entry |= {name: value for name, value in row.items() if name != "kind"}
             elif row.get("kind") == "point":
-                points.append(row["point"])
                 entry["points"][row["point"]] = row
+                entry["ratios"] |= {f"{ratio:g}": row["point"] for ratio in row["ratios"]}
             elif row.get("reason"):
                 entry["reason"] = row["reason"]
-        # The process leaves out points that coincide, which are those of the largest ratios.
-        wanted = [f"{ratio:g}" for ratio in ratios]
-        if points:
-            padded = [points[0]] * (len(wanted) - len(points)) + points
-            entry["ratios"] |= dict(zip(wanted, padded, strict=False))
 
     # ---- cells
 

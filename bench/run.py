@@ -167,7 +167,7 @@ class Run:
         else:
             rows = process.go(job)
         if is_limits:
-            self._results.add_limits(bed, task.stage.ratios, rows)
+            self._results.add_limits(bed, rows)
         else:
             self._results.add_cells(bed, task.engine, job["cells"], rows)
         spent = time.time() - begun
@@ -188,7 +188,6 @@ class Run:
             "references": self._results.points(stage.bed),
             "deadline": deadline,
             "ratios": list(stage.ratios),
-            "points": [],
             "deep": options.deep,
         }
 

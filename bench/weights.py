@@ -32,7 +32,8 @@ def _values(parameter: torch.nn.Parameter, generator: torch.Generator) -> torch.
     if parameter.dim() < 2:
         return 1 + 0.01 * torch.randn(shape, generator=generator, device=device)
     spread = float(shape[-1]) ** -0.5
-    return spread * torch.randn(shape, generator=generator, device=device)
+    values: torch.Tensor = spread * torch.randn(shape, generator=generator, device=device)
+    return values
 
 
 def make(workload: Workload, folder: Path, device: torch.device) -> Path:

@@ -43,8 +43,6 @@ class Job:
     """Seconds since the epoch; no cell begins after it."""
     ratios: list[float]
     """For the limits: copy over compute, at a quarter of the weights, to find points for."""
-    points: list[Point]
-    """For the limits: points to use instead."""
     deep: bool
     """Whether to account for the time as well."""
 
@@ -66,7 +64,6 @@ def _job(value: dict[str, Any]) -> Job:
         references=value["references"],
         deadline=value["deadline"],
         ratios=value["ratios"],
-        points=[Point(**point) for point in value["points"]],
         deep=value["deep"],
     )
 
