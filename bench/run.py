@@ -194,8 +194,8 @@ class Run:
     def _cells(self, stage: Stage, engine: str) -> list[tuple[int, dict[str, Any]]]:
         """The cells of an engine that are not there yet, in order of the budgets."""
         found = self._results.bed(stage.bed)
-        if found is None:
-            return []
+        if found is None or not found["points"]:
+            return []  # its limits were not measured
         keys = self._results.keys_of(stage.bed, stage.ratios)
         shares = stage.shares + (stage.only_ours if engine == "dgls" else ())
         cells = []

@@ -115,8 +115,10 @@ class DoubleBlock(Block):
         lifted = F.silu(c)
         text_mod = self.text.mod(lifted).chunk(6, dim=-1)
         image_mod = self.image.mod(lifted).chunk(6, dim=-1)
-        parts = zip(self.text.split(text, text_mod), self.image.split(image, image_mod))  # noqa: B905
-        attended = _attend(*(torch.cat(pair, dim=1) for pair in parts))
+        text_heads = self.text.split(text, text_mod)
+        image_heads = self.image.split(image, image_mod)
+        pairs = zip(text_heads, image_heads, strict=True)
+        attended = _attend(*(torch.cat(pair, dim=1) for pair in pairs))
         text = self.text.join(text, attended[:, : self.text_tokens], text_mod)
         image = self.image.join(image, attended[:, self.text_tokens :], image_mod)
         return torch.cat((text, image), dim=1)

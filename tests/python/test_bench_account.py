@@ -16,7 +16,7 @@ bench_path.put_on_path()
 
 from torch import nn  # noqa: E402
 
-from bench.account import PASS, from_trace  # noqa: E402
+from bench.account import MARK, from_trace  # noqa: E402
 from bench.driver_calls import _base, split  # noqa: E402
 from bench.hook_clock import HookClock  # noqa: E402
 
@@ -30,34 +30,37 @@ class Trace:
         self.events: list[dict[str, Any]] = []
         self._number = 0
 
-    def bounds(self, begin: float, end: float) -> None:
-        self.events.append(
-            {"cat": "user_annotation", "name": PASS, "ts": begin, "dur": end - begin}
-        )
-
     def work(
-        self, launched: float, start: float, end: float, cat: str = "kernel", stream: int = 7
+        self,
+        launched: float,
+        start: float,
+        end: float,
+        cat: str = "kernel",
+        stream: int = 7,
+        name: str = "gemm",
     ) -> None:
         self._number += 1
-        name = "Memcpy HtoD (Pinned -> Device)" if cat == "gpu_memcpy" else "gemm"
+        name = "Memcpy HtoD (Pinned -> Device)" if cat == "gpu_memcpy" else name
         link = {"correlation": self._number}
-        self.events.append(
-            {"cat": "cuda_runtime", "ts": launched - 1, "dur": 1, "args": dict(link)}
-        )
+        call = {"ts": launched - 1, "dur": 1, "args": dict(link)}
+        self.events.append({"cat": "cuda_runtime"} | call)
         arguments = link | {"stream": stream}
         row = {"cat": cat, "name": name, "ts": start, "dur": end - start, "args": arguments}
         self.events.append(row)
 
+    def mark(self, launched: float, start: float, end: float) -> None:
+        self.work(launched, start, end, name=f"at::cuda::(anonymous namespace)::{MARK}(long)")
 
-def two_passes(*works: tuple[float, float, float, str]) -> Trace:
-    """A pass of 1000 us with these works after a first kernel, and the next pass's first kernel."""
+
+def two_passes(*works: tuple[float, float, float, str], until: float = 1100) -> Trace:
+    """A pass of 1000 us with these works after a mark, and the next pass's mark."""
     trace = Trace()
-    trace.bounds(0, 900)
-    trace.work(10, 100, 200)
+    trace.work(5, 50, 60)  # before the first mark
+    trace.mark(10, 100, 200)
     for launched, start, end, cat in works:
         trace.work(launched, start, end, cat)
-    trace.bounds(900, 2000)
-    trace.work(950, 1100, 1200)
+    trace.mark(950, until, until + 100)
+    trace.work(960, until + 100, until + 900)  # after the last
     return trace
 
 
@@ -107,21 +110,16 @@ def test_the_parts_add_up_to_the_pass(seed: int) -> None:
     while now < 1000:
         start = now + chance.choice([0, 2, 30])
         end = start + chance.uniform(1, 40)
-        launched = min(899.0, max(11.0, start - chance.uniform(1, 200)))
-        works.append((launched, start, end, "kernel"))
+        works.append((max(11.0, start - chance.uniform(1, 200)), start, end, "kernel"))
         now = end
-    trace = two_passes(*works)
-    trace.events = [e for e in trace.events if e.get("ts") != 1100]  # the next pass, further on
-    trace.work(951, now + 3, now + 10)
-    found = parts(trace)
+    found = parts(two_passes(*works, until=now + 3))
     assert found["total"] == pytest.approx(now + 3 - 100, abs=1e-2)
 
 
 def test_a_profile_without_passes_is_refused() -> None:
     trace = Trace()
-    trace.bounds(0, 900)
-    trace.work(10, 100, 200)
-    with pytest.raises(ValueError, match="needs two passes"):
+    trace.mark(10, 100, 200)
+    with pytest.raises(ValueError, match="needs two marks, found 1"):
         from_trace(trace.events)
     with pytest.raises(ValueError, match="needs kernels"):
         from_trace([])
