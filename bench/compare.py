@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Cells = dict[str, dict[str, Any]]
 
-_HOST_DECIDES = 0.1
+HOST_DECIDES = 0.1
 """Above this share of launches in a pass the host is what limits it."""
 
 
@@ -141,7 +141,7 @@ class Judge:
         account = self._ours.get("account") or {}
         if "off" not in account:
             yield f"no account of the time: {account.get('failed', 'not measured')}"
-        elif account["launch"] > _HOST_DECIDES * account["total"]:
+        elif account["launch"] > HOST_DECIDES * account["total"]:
             return  # a profile slows the host down: where that decides nothing can add up
         elif abs(account["off"]) > most:
             yield f"the account is {100 * account['off']:+.1f} % off the time measured"

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from bench.compare import overhead_bytes
+from bench.compare import HOST_DECIDES, overhead_bytes
 from bench.engines import ENGINES
 from bench.table import account_rows, cell_text, engines_of, losers, ordered
 
@@ -22,11 +22,19 @@ measured time, in percent. The limit of a pass is the larger of compute alone (t
 measured) and the bytes beyond the budget over the measured rate of page-locked copies. `ratio` is
 copy over compute: above 1 the link decides. One engine per process, the same blocks, inputs and
 budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
-that are enqueued without a break.
+that are enqueued without a break. `best` is what the best of all policies reaches where blocks are
+equal: a buffer takes room that residents lack. Layers are as large and as many as the real models'
+(unless a width is named), weights random, positions (RoPE) left out.
+
+Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
+device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
+linear ones stay on the device.
 
 `over`: ran out of memory under the cap (the budget, what the resident run needs beside its
 weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
 `differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
+`lost`: an engine was faster than dgls_torch. `host`: launches were more than a tenth of the pass,
+so the host is what limits.
 """
 
 
@@ -56,22 +64,31 @@ def _beds(results: Results) -> list[str]:
             rate, size = value["link_bytes_per_s"] / 1e9, value["weight_bytes"] / 1e9
             lines += ["", f"### {value['title']}", ""]
             lines += [f"{size:.2f} GB in {value['blocks']} blocks; link {rate:.1f} GB/s", ""]
-            head = ("budget", "tokens", "ratio", "limit ms", "ours ms", *names)
+            head = ("budget", "tokens", "ratio", "limit ms", "ours ms", "best", *names)
             lines += _markdown([head])
         one = next(iter(cells.values()))
         limit, ours = results.limit(one), cells.get("dgls")
         took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
         texts = [cell_text(results, cells.get(name)) for name in names]
-        lost = " (lost)" if losers(results, cells) else ""
+        marks = [" lost"] * bool(losers(results, cells)) + [" host"] * _is_host_bound(ours)
+        best = f"{100 * limit.seconds / limit.optimum_s:.1f}"
         first = (f"{100 * results.share(one):.0f} %", point, f"{limit.ratio:.2f}")
-        row = (*first, f"{1e3 * limit.seconds:.1f}", took + lost, *texts)
+        row = (*first, f"{1e3 * limit.seconds:.1f}", took + "".join(marks), best, *texts)
         lines.append("| " + " | ".join(row) + " |")
     return lines
 
 
+def _is_host_bound(cell: dict[str, Any] | None) -> bool:
+    """Whether launches decide, by the account."""
+    account = (cell or {}).get("account") or {}
+    return "total" in account and account["launch"] > HOST_DECIDES * account["total"]
+
+
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
-    rows: list[tuple[str, ...]] = [("engine", "most over the budget", "hooks us", "host CPU ms")]
+    rows: list[tuple[str, ...]] = [
+        ("column", "engine", "most over the budget", "hooks us", "host CPU ms")
+    ]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
         over = [found for c in cells if (found := overhead_bytes(results, c)) is not None]
@@ -79,6 +96,7 @@ def _memory(results: Results) -> list[str]:
         host = [c["host_cpu_s"] for c in cells]
         rows.append(
             (
+                name,
                 ENGINES[name].title,
                 f"{max(over) / 2**20:.0f} MiB" if over else "",
                 f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
