@@ -126,19 +126,21 @@ def _gap(found: Account, now: float, work: _Work) -> None:
 
 
 def from_trace(events: list[dict[str, Any]]) -> Account:
-    """The mean of all whole passes of a profile; what follows the last mark is none.
+    """The mean of all whole passes of a profile but the first; what follows the last mark is none.
+
+    The first pass begins on a device at rest, with what was copied ahead meanwhile.
 
     Raises:
-        ValueError: There are fewer than two marks.
+        ValueError: There are fewer than three marks.
     """
     passes = _passes(events)
     if not any(event.get("cat") in _LAUNCHES for event in events):
         raise ValueError("the profile needs calls into CUDA, found none")
-    if len(passes) < 2:
-        raise ValueError(f"the profile needs two marks, found {len(passes)}")
+    if len(passes) < 3:
+        raise ValueError(f"the profile needs three marks, found {len(passes)}")
     total = Account()
-    count = len(passes) - 1
-    for works, following in itertools.pairwise(passes):
+    count = len(passes) - 2
+    for works, following in itertools.pairwise(passes[1:]):
         part = _one(works)
         _gap(part, max(work.end for work in works), following[0])
         for name in ("compute", "copy_inline", "launch", "exposed_copy", "device"):
@@ -164,7 +166,7 @@ def profile(run_pass: Callable[[], object], passes: int = 3) -> Account:
 def _trace(
     run_pass: Callable[[], object], passes: int, activities: list[Any]
 ) -> list[dict[str, Any]]:
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(passes):
             torch.cuda._sleep(1)
             run_pass()

@@ -84,12 +84,28 @@ class Judge:
                 yield f"{times:.3f} of the time of {name}, may be {most}"
 
     def _times_faster(self, wanted: dict[str, Any]) -> Iterator[str]:
+        for name, times, room in self._races(wanted):
+            if times < wanted["times"] <= room:
+                yield f"{times:.2f} times faster than {name}, needs {wanted['times']}"
+
+    def _races(self, wanted: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+        """Peers, how many times faster we are, and how many any policy could be."""
         if self._limit.regime != wanted["regime"]:
             return
         for name, cell in self._peers():
-            times = cell["pass_s"] / self._ours["pass_s"]
-            if name in wanted["engines"] and times < wanted["times"]:
-                yield f"{times:.2f} times faster than {name}, needs {wanted['times']}"
+            if name in wanted["engines"]:
+                took = cell["pass_s"]
+                yield name, took / self._ours["pass_s"], took / self._limit.optimum_s
+
+    def notes(self) -> Iterator[str]:
+        """What a floor asks for and no policy could do: the peer is too near to the limit."""
+        wanted = self._floors.get("times_faster")
+        if wanted is None or self._ours["status"] != "ok":
+            return
+        for name, times, room in self._races(wanted):
+            if room < wanted["times"]:
+                most = f"no policy could be more than {room:.2f}"
+                yield f"{times:.2f} times faster than {name}; {most}, so {wanted['times']} is void"
 
     def _over_resident(self, most: float) -> Iterator[str]:
         beside = self._ours.get("beside")
@@ -102,9 +118,12 @@ class Judge:
             yield f"{times:.4f} of the resident run's time where all fits, may be {most}"
 
     def _hooks(self, most: float) -> Iterator[str]:
-        found = (self._ours.get("hooks") or {}).get("call_s")
+        hooks = self._ours.get("hooks")
+        if hooks is None:
+            return  # measured in the first cell of each budget, on a GPU
+        found = hooks.get("call_s")
         if found is None:
-            yield "the host's time in hooks was not measured"
+            yield f"the host's time in hooks was not measured: {hooks.get('failed')}"
         elif 1e6 * found > most:
             yield f"{1e6 * found:.1f} us of hooks for each block call, may be {most}"
 
@@ -160,28 +179,41 @@ def overhead_bytes(results: Results, cell: dict[str, Any]) -> int | None:
     return int(own - budget - (resident - bed["weight_bytes"]))
 
 
+def _judges(results: Results, floors: dict[str, Any]) -> Iterator[tuple[str, Judge]]:
+    """A judge for each place where dgls_torch ran or failed, with the place's name."""
+    for (bed, _, point), cells in results.by_place():
+        if "dgls" in cells and cells["dgls"]["status"] != "skipped":
+            share = 100 * results.share(cells["dgls"])
+            place = f"{bed}, budget {share:.0f} %, point {point}"
+            yield place, Judge(results, cells, floors)
+
+
 def misses(results: Results, floors: dict[str, Any]) -> list[str]:
     """Every floor that results miss."""
-    found, judged, watched = [], 0, 0
-    for (bed, _, point), cells in results.by_place():
-        if "dgls" not in cells or cells["dgls"]["status"] == "skipped":
-            continue
+    found, judged = [], 0
+    for place, judge in _judges(results, floors):
         judged += 1
-        ours = cells["dgls"]
-        watched += "control" in (ours.get("driver_calls") or {})
-        place = f"{bed}, budget {100 * results.share(ours):.0f} %, point {point}"
-        found += [f"{place}: {miss}" for miss in Judge(results, cells, floors).misses()]
+        found += [f"{place}: {miss}" for miss in judge.misses()]
     if not judged:
         found.append("no cell of dgls_torch was measured")
+    watched = any("control" in (c.get("driver_calls") or {}) for c in results.value["cells"])
     if "gpu" in results.value["machine"] and "driver_calls" in floors and not watched:
         found.append("the driver's calls were watched in no cell")
     return found
+
+
+def notes(results: Results, floors: dict[str, Any]) -> list[str]:
+    """What floors ask for although nobody could do it."""
+    judges = _judges(results, floors)
+    return [f"{place}: {note}" for place, judge in judges for note in judge.notes()]
 
 
 def compare(loaded: list[Results], floors_path: Path) -> int:
     """Prints the misses; 1 if there are any."""
     floors = json.loads(floors_path.read_text(encoding="utf-8"))
     found = [miss for results in loaded for miss in misses(results, floors)]
+    for note in (note for results in loaded for note in notes(results, floors)):
+        print(f"note: {note}")
     for miss in found:
         print(miss)
     print(f"{len(found)} floors missed" if found else "all floors kept")

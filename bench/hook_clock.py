@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from bench.account import Account
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import nn
 
 
 class HookClock:
@@ -47,29 +46,6 @@ class HookClock:
         """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
-
-    def call_s(self, each: int, first: int) -> float:
-        """Seconds of hooks for a call of a block: the median over the first blocks of passes.
-
-        Later ones may be held up by a queue that is full. Where the host is the device its waits
-        are no hooks' time: processor time counts there, which is never more than the other.
-
-        Args:
-            each: Blocks of a pass.
-            first: How many of them count.
-        """
-        calls = zip(self._walls, self._cpus, strict=True)
-        spans = [min(b - a, before) + min(d - c, after) for (a, b, c, d), (before, after) in calls]
-        return statistics.median(span for i, span in enumerate(spans) if i % each < first)
-
-    @staticmethod
-    def empty_s(calls: int = 300) -> float:
-        """Seconds that the clock itself sees around a block without an engine, the median."""
-        block = nn.Identity()
-        clock = HookClock([block])
-        for _ in range(calls):
-            block(None)
-        return clock.call_s(calls, calls)
 
     def account(self, passes: int, spent_s: float) -> Account:
         """The account of passes that took ``spent_s`` together, where the host is the device.

@@ -57,7 +57,9 @@ PLANS: dict[str, Sequence[Stage]] = {
     # The real FLUX.1: every engine where copies and compute take as long, the main ones elsewhere.
     "core": (
         Stage(_bed("flux"), (0.25,), (4.0, 1.0), ALL, (0.5, 1.05)),
-        Stage(_bed("flux"), (0.25, 0.5), (4.0, 1.0, 0.25), MAIN),
+        Stage(_bed("flux"), (0.5,), (4.0, 1.0), MAIN),
+        Stage(_bed("flux"), (0.25,), (0.25,), MAIN[:4], (0.15, 0.5, 0.75)),
+        Stage(_bed("flux"), (0.75,), (4.0, 1.0), MAIN[:4], (0.15,)),
     ),
     # The other models and fp8, beside the peers that matter most. Where blocks are smaller than
     # these the host's launches decide, on a fast GPU, and not the device.

@@ -77,8 +77,11 @@ class Results:
             if row.get("kind") == "machine":
                 self.value["machine"] = row["machine"]
             elif row.get("kind") == "bed":
-                entry |= {name: value for name, value in row.items() if name != "kind"}
+                # A link measured earlier stays: cells have been set against it.
+                fresh = {name: value for name, value in row.items() if name != "kind"}
+                entry |= fresh | {name: entry[name] for name in fresh if name in entry}
             elif row.get("kind") == "point":
+                entry.pop("reason", None)
                 entry["points"][row["point"]] = row
                 entry["ratios"] |= {f"{ratio:g}": row["point"] for ratio in row["ratios"]}
             elif row.get("reason"):

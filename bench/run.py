@@ -101,7 +101,8 @@ class Process:
 class _Task:
     stage: Stage
     engine: str
-    """``resident`` is the process that measures the limits."""
+    kind: str
+    """``weights``, ``limits`` or ``cells``; the first two are the resident engine's."""
 
 
 class Run:
@@ -113,10 +114,14 @@ class Run:
         self._deadline = time.time() + 60 * options.minutes
         wanted = options.engines
         self._tasks = [
-            _Task(stage, engine)
+            task
             for stage in stages
-            for engine in ("resident", *stage.engines)
-            if engine == "resident" or wanted is None or engine in wanted
+            for task in (
+                _Task(stage, "resident", "weights"),
+                _Task(stage, "resident", "limits"),
+                *(_Task(stage, name, "cells") for name in stage.engines),
+            )
+            if task.kind != "cells" or wanted is None or task.engine in wanted
         ]
 
     def run(self) -> None:
@@ -136,15 +141,20 @@ class Run:
                     weights.remove(task.stage.bed.workload, self._options.folder)
 
     def _open_tasks(self) -> Iterator[_Task]:
-        """The tasks, without limits that are known or that an earlier task measures."""
+        """The tasks, without limits that are known and weights that an earlier task makes."""
         covered: dict[str, set[float]] = {}
+        made: str | None = None
         for task in self._tasks:
             bed, ratios = task.stage.bed, set(task.stage.ratios)
-            if task.engine == "resident":
+            if task.kind == "weights":
+                if made == bed.workload.key:
+                    continue
+                made = bed.workload.key
+            elif task.kind == "limits":
                 known = covered.setdefault(bed.key, self._results.ratios_of(bed))
                 if ratios <= known:
                     continue
-                known |= ratios
+                covered[bed.key] = known | ratios
             yield task
 
     def _start(self, task: _Task, scratch: Path, number: int) -> Process:
@@ -154,8 +164,7 @@ class Run:
         begun, bed = time.time(), task.stage.bed
         deadline = min(self._deadline, begun + _LONGEST_S)
         job = self._job(task, deadline)
-        is_limits = task.engine == "resident"
-        if not is_limits and not job["cells"]:
+        if not self._has_work(task, job):
             process.end()
             return
         if ENGINES[task.engine].needs_cuda and self._options.device != "cuda":
@@ -166,17 +175,33 @@ class Run:
             rows = [{"status": "skipped", "reason": "no time was left"}]
         else:
             rows = process.go(job)
-        if is_limits:
+        if task.kind == "limits":
             self._results.add_limits(bed, rows)
-        else:
+        elif task.kind == "cells":
             self._results.add_cells(bed, task.engine, job["cells"], rows)
         spent = time.time() - begun
         said = "; ".join(dict.fromkeys(row["reason"] for row in rows if row.get("reason")))
-        print(f"{bed.key:24} {task.engine:20} {spent:6.1f} s  {said[:140]}", flush=True)
+        name = task.engine if task.kind == "cells" else task.kind
+        print(f"{bed.key:24} {name:20} {spent:6.1f} s  {said[:140]}", flush=True)
+
+    def _has_work(self, task: _Task, job: dict[str, Any]) -> bool:
+        """Whether a task has anything left to do; weights are made only for what has."""
+        if task.kind == "cells":
+            return bool(job["cells"])
+        if task.kind == "limits":
+            return bool(job["ratios"])
+        workload = task.stage.bed.workload
+        later = [t for t in self._tasks if t.stage.bed.workload == workload and t.kind != "weights"]
+        return any(
+            set(t.stage.ratios) - self._results.ratios_of(t.stage.bed)
+            or (t.kind == "cells" and self._cells(t.stage, t.engine))
+            for t in later
+        )
 
     def _job(self, task: _Task, deadline: float) -> dict[str, Any]:
-        options, stage, is_limits = self._options, task.stage, task.engine == "resident"
-        cells = [] if is_limits else self._cells(stage, task.engine)
+        options, stage = self._options, task.stage
+        cells = self._cells(stage, task.engine) if task.kind == "cells" else []
+        missing = sorted(set(stage.ratios) - self._results.ratios_of(stage.bed), reverse=True)
         return {
             "engine": task.engine,
             "bed": stage.bed.to_json(),
@@ -187,7 +212,7 @@ class Run:
             "cells": cells,
             "references": self._results.points(stage.bed),
             "deadline": deadline,
-            "ratios": list(stage.ratios),
+            "ratios": missing if task.kind == "limits" else [],
             "deep": options.deep,
         }
 
@@ -202,7 +227,7 @@ class Run:
         for share in shares:
             budget = int(share * found["weight_bytes"])
             # Where all fits there is nothing to vary.
-            chosen = keys[:1] + keys[-1:] if share > 1 else keys
+            chosen = keys[:1] if share > 1 else keys
             for key in dict.fromkeys(chosen):
                 if not self._results.is_done(stage.bed, engine, budget, key):
                     point = found["points"][key]

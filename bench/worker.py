@@ -138,7 +138,8 @@ class Worker:
             while left and time.time() < self.job.deadline:
                 self._cap(budget, left[0], is_on)
                 row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
-                self.write(row | self._measure(attached, stack, left[0]))
+                is_first = len(left) == len(points)
+                self.write(row | self._measure(attached, stack, left[0], is_first))
                 left.pop(0)
         except Exception as error:
             traceback.print_exc()
@@ -163,14 +164,19 @@ class Worker:
         share = min(1.0, room / total) if is_on else 1.0
         torch.cuda.set_per_process_memory_fraction(share, self.job.device)
 
-    def _measure(self, attached: Attached, stack: Any, point: Point) -> dict[str, Any]:
+    def _measure(
+        self, attached: Attached, stack: Any, point: Point, is_first: bool
+    ) -> dict[str, Any]:
         from bench.eaters import eating
 
         stack.pace(point.pace_s)
+        self.empty_cache()  # what other points left would count as memory in use
         with eating(self.job.device, self.job.bed.eaters):
-            return self._passes(attached, stack, point)
+            return self._passes(attached, stack, point, is_first)
 
-    def _passes(self, attached: Attached, stack: Any, point: Point) -> dict[str, Any]:
+    def _passes(
+        self, attached: Attached, stack: Any, point: Point, is_first: bool
+    ) -> dict[str, Any]:
         from bench import measure
         from bench.details import Cell, details
 
@@ -203,12 +209,16 @@ class Worker:
                 name: (after[name] - before[name]) / len(timing.passes) for name in after
             },
         }
-        row |= details(Cell(job, attached, stack, x, c, timing)) if job.deep else {}
+        row |= details(Cell(job, attached, stack, x, c, timing, is_first)) if job.deep else {}
         return row | {"facts": attached.facts()}
 
 
 def main(argv: list[str]) -> int:
-    """``worker ENGINE JOB OUT``: waits for a line, then reads the job and measures."""
+    """``worker ENGINE JOB OUT``: waits for a line, then reads the job and measures.
+
+    A job without ratios and cells only makes the weights: what that leaves on the device must not
+    count as the measured process's.
+    """
     name, job_path, out_path = argv
     engine = ENGINES[name]
     failed = engine.missing()
@@ -228,7 +238,7 @@ def main(argv: list[str]) -> int:
         job = _job(json.loads(Path(job_path).read_text()))
         if job.device.type == "cpu":
             torch.set_num_threads(1)  # the link's thread needs a processor too
-        if job.engine == "resident" and not job.cells:
+        if job.ratios:
             from bench.limits import Limits
 
             Limits(job, engine, out).run()

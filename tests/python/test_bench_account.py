@@ -55,7 +55,8 @@ class Trace:
 def two_passes(*works: tuple[float, float, float, str], until: float = 1100) -> Trace:
     """A pass of 1000 us with these works after a mark, and the next pass's mark."""
     trace = Trace()
-    trace.work(5, 50, 60)  # before the first mark
+    trace.work(5, 20, 30)  # before the first mark
+    trace.mark(6, 40, 60)  # the first pass, which is left out
     trace.mark(10, 100, 200)
     for launched, start, end, cat in works:
         trace.work(launched, start, end, cat)
@@ -119,7 +120,8 @@ def test_the_parts_add_up_to_the_pass(seed: int) -> None:
 def test_a_profile_without_passes_is_refused() -> None:
     trace = Trace()
     trace.mark(10, 100, 200)
-    with pytest.raises(ValueError, match="needs two marks, found 1"):
+    trace.mark(20, 300, 400)
+    with pytest.raises(ValueError, match="needs three marks, found 2"):
         from_trace(trace.events)
     with pytest.raises(ValueError, match="needs kernels"):
         from_trace([])
