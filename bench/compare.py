@@ -29,6 +29,7 @@ class Judge:
         self._results, self._cells, self._floors = results, cells, floors
         self._ours = cells["dgls"]
         self._limit = results.limit(self._ours)
+        self._optimum_s = results.optimum_s(cells)
         self._on_cuda = "gpu" in results.value["machine"]
 
     def misses(self) -> Iterator[str]:
@@ -58,11 +59,20 @@ class Judge:
     def _efficiency(self, floors: dict[str, float]) -> Iterator[str]:
         found = self._limit.seconds / self._ours["pass_s"]
         floor = floors[self._limit.regime]
-        is_small = self._results.share(self._ours) < self._floors.get("least_share", 0.0)
-        if found < floor and not is_small and self._limit.copy_s > 0:
-            best = self._limit.seconds / self._limit.optimum_s
+        if (
+            found < floor
+            and self._is_asked_for
+            and self._optimum_s / self._ours["pass_s"] < (self._floors["of_optimum"])
+        ):
+            best = self._limit.seconds / self._optimum_s
             text = f"efficiency {found:.3f}, needs {floor} ({self._limit.regime})"
-            yield f"{text}; no policy reaches more than {best:.3f} with equal blocks"
+            yield f"{text}; no policy reaches more than {best:.3f}"
+
+    @property
+    def _is_asked_for(self) -> bool:
+        """Whether something has to be streamed, and the budget is not too small to be fair."""
+        share = self._results.share(self._ours)
+        return self._limit.copy_s > 0 and share >= self._floors.get("least_share", 0.0)
 
     def _above(self, most: float) -> Iterator[str]:
         found = self._limit.seconds / self._ours["pass_s"]
@@ -95,13 +105,20 @@ class Judge:
         for name, cell in self._peers():
             if name in wanted["engines"]:
                 took = cell["pass_s"]
-                yield name, took / self._ours["pass_s"], took / self._limit.optimum_s
+                yield name, took / self._ours["pass_s"], took / self._optimum_s
 
     def notes(self) -> Iterator[str]:
-        """What a floor asks for and no policy could do: the peer is too near to the limit."""
+        """What a floor asks for and no policy could do."""
         wanted = self._floors.get("times_faster")
         if wanted is None or self._ours["status"] != "ok":
             return
+        floor = self._floors.get("efficiency", {}).get(self._limit.regime, 0.0)
+        found, best = (
+            self._limit.seconds / seconds for seconds in (self._ours["pass_s"], self._optimum_s)
+        )
+        if best < floor and self._is_asked_for:
+            text = f"no policy reaches more than {best:.3f}, so {floor} is void"
+            yield f"efficiency {found:.3f}; {text}"
         for name, times, room in self._races(wanted):
             if room < wanted["times"]:
                 most = f"no policy could be more than {room:.2f}"

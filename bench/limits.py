@@ -72,9 +72,14 @@ class Limits(Worker):
         }
         self.write(row)
         with eating(job.device, job.bed.eaters):
-            for point, ratios in self._find(attached.step, stack, loaded).items():
+            found = self._find(attached.step, stack, loaded) if job.ratios else {}
+            for point, ratios in found.items():
                 row = {"kind": "point", "point": point.key, "ratios": ratios}
+                row |= {"block_s": self._blocks(stack, point)}
                 self.write(row | self._point(stack, point))
+            for point in job.points:
+                row = {"kind": "blocks", "point": point.key}
+                self.write(row | {"block_s": self._blocks(stack, point)})
         attached.close()
 
     def _find(self, step: Step, stack: Any, link: float) -> dict[Point, list[float]]:
@@ -93,6 +98,15 @@ class Limits(Worker):
         for ratio in job.ratios:
             found.setdefault(Point(tokens_for(copy_s / ratio, probes, least)), []).append(ratio)
         return found
+
+    def _blocks(self, stack: Any, point: Point) -> list[float]:
+        """Seconds of each block."""
+        stack.pace(point.pace_s)
+        x, c = self.job.bed.workload.inputs(point.tokens, self.job.device)
+        measure.timed(stack, x, c, 1)
+        times = measure.BlockTimes(stack.order, self.job.device)
+        measure.timed(stack, x, c, 3)
+        return times.close()
 
     def _point(self, stack: Any, point: Point) -> dict[str, Any]:
         job = self.job

@@ -8,12 +8,12 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +110,43 @@ def timed(step: Step, x: Tensor, c: Tensor, passes: int) -> Timing:
     else:
         spans = [after - before for before, after in pairs]
     return Timing(spans, enqueue / passes, host / passes)
+
+
+class BlockTimes:
+    """Seconds between the ends of neighbouring blocks, seen by hooks that wait for nothing."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Registers the hooks."""
+        self._device = device
+        self._marks: list[list[Any]] = [[] for _ in range(len(blocks) + 1)]
+        self._handles = [blocks[0].register_forward_pre_hook(self._marker(0), prepend=True)]
+        for index, block in enumerate(blocks):
+            self._handles.append(block.register_forward_hook(self._marker(index + 1)))
+
+    def _marker(self, index: int) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            if self._device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                self._marks[index].append(event)
+            else:
+                self._marks[index].append(time.perf_counter())
+
+        return mark
+
+    def close(self) -> list[float]:
+        """Takes the hooks off; the median of the passes for each block."""
+        for handle in self._handles:
+            handle.remove()
+        wait(self._device)
+        on_cuda = self._device.type == "cuda"
+        return [
+            statistics.median(
+                1e-3 * begin.elapsed_time(end) if on_cuda else end - begin
+                for begin, end in zip(before, after, strict=True)
+            )
+            for before, after in itertools.pairwise(self._marks)
+        ]
 
 
 class Watch:

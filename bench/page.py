@@ -22,9 +22,10 @@ measured time, in percent. The limit of a pass is the larger of compute alone (t
 measured) and the bytes beyond the budget over the measured rate of page-locked copies. `ratio` is
 copy over compute: above 1 the link decides. One engine per process, the same blocks, inputs and
 budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
-that are enqueued without a break. `best` is what the best of all policies reaches where blocks are
-equal: a buffer takes room that residents lack. Layers are as large and as many as the real models'
-(unless a width is named), weights random, positions (RoPE) left out.
+that are enqueued without a break. `best` is what no policy beats, whatever it keeps and copies
+when: a buffer takes room that residents lack (a linear program with the blocks' bytes and measured
+times; docs/plan-format.md). Layers are as large and as many as the real models' (unless a width is
+named), weights random, positions (RoPE) left out.
 
 Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
 device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
@@ -71,7 +72,7 @@ def _beds(results: Results) -> list[str]:
         took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
         texts = [cell_text(results, cells.get(name)) for name in names]
         marks = [" lost"] * bool(losers(results, cells)) + [" host"] * _is_host_bound(ours)
-        best = f"{100 * limit.seconds / limit.optimum_s:.1f}"
+        best = f"{100 * limit.seconds / results.optimum_s(cells):.1f}"
         first = (f"{100 * results.share(one):.0f} %", point, f"{limit.ratio:.2f}")
         row = (*first, f"{1e3 * limit.seconds:.1f}", took + "".join(marks), best, *texts)
         lines.append("| " + " | ".join(row) + " |")

@@ -80,6 +80,8 @@ class Results:
                 # A link measured earlier stays: cells have been set against it.
                 fresh = {name: value for name, value in row.items() if name != "kind"}
                 entry |= fresh | {name: entry[name] for name in fresh if name in entry}
+            elif row.get("kind") == "blocks":
+                entry["points"][row["point"]]["block_s"] = row["block_s"]
             elif row.get("kind") == "point":
                 entry.pop("reason", None)
                 entry["points"][row["point"]] = row
@@ -136,6 +138,12 @@ class Results:
             link_bytes_per_s=bed["link_bytes_per_s"],
             blocks=bed["blocks"],
         )
+
+    def optimum_s(self, place: dict[str, dict[str, Any]]) -> float:
+        """What no policy beats at a place: proved where it was, else as if blocks were equal."""
+        cell = next(iter(place.values()))
+        proved = place.get("dgls", {}).get("optimum_s")
+        return self.limit(cell).optimum_s if proved is None else float(proved)
 
     def share(self, cell: dict[str, Any]) -> float:
         """The budget as a share of the weights."""

@@ -152,7 +152,7 @@ class Run:
                 made = bed.workload.key
             elif task.kind == "limits":
                 known = covered.setdefault(bed.key, self._results.ratios_of(bed))
-                if ratios <= known:
+                if ratios <= known and not self._untimed(task.stage):
                     continue
                 covered[bed.key] = known | ratios
             yield task
@@ -189,7 +189,7 @@ class Run:
         if task.kind == "cells":
             return bool(job["cells"])
         if task.kind == "limits":
-            return bool(job["ratios"])
+            return bool(job["ratios"] or job["points"])
         workload = task.stage.bed.workload
         later = [t for t in self._tasks if t.stage.bed.workload == workload and t.kind != "weights"]
         return any(
@@ -208,13 +208,23 @@ class Run:
             "folder": str(options.folder),
             "device": options.device,
             "link_bytes_per_s": options.link_bytes_per_s,
+            "measured_link": (self._results.bed(stage.bed) or {}).get("link_bytes_per_s"),
             "effort": dataclasses.asdict(Effort(**stage.effort)),
             "cells": cells,
             "references": self._results.points(stage.bed),
             "deadline": deadline,
             "ratios": missing if task.kind == "limits" else [],
+            "points": self._untimed(stage) if task.kind == "limits" else [],
             "deep": options.deep,
         }
+
+    def _untimed(self, stage: Stage) -> list[dict[str, Any]]:
+        """The points whose blocks have not been timed."""
+        return [
+            {"tokens": point["tokens"], "pace_s": point["pace_s"]}
+            for point in self._results.points(stage.bed).values()
+            if "block_s" not in point
+        ]
 
     def _cells(self, stage: Stage, engine: str) -> list[tuple[int, dict[str, Any]]]:
         """The cells of an engine that are not there yet, in order of the budgets."""

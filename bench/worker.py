@@ -34,6 +34,8 @@ class Job:
     folder: Path
     device: torch.device
     link_bytes_per_s: float | None
+    measured_link: float | None
+    """The rate that was measured of it, bytes per second; None before that."""
     effort: Any
     cells: list[tuple[int, Point]]
     """Budget in bytes and point, budgets together."""
@@ -43,6 +45,8 @@ class Job:
     """Seconds since the epoch; no cell begins after it."""
     ratios: list[float]
     """For the limits: copy over compute, at a quarter of the weights, to find points for."""
+    points: list[Point]
+    """For the limits: known points whose blocks have not been timed yet."""
     deep: bool
     """Whether to account for the time as well."""
 
@@ -59,11 +63,13 @@ def _job(value: dict[str, Any]) -> Job:
         folder=Path(value["folder"]),
         device=torch.device("cuda", 0) if value["device"] == "cuda" else torch.device("cpu"),
         link_bytes_per_s=value["link_bytes_per_s"],
+        measured_link=value["measured_link"],
         effort=Effort(**value["effort"]),
         cells=[(budget, Point(**point)) for budget, point in value["cells"]],
         references=value["references"],
         deadline=value["deadline"],
         ratios=value["ratios"],
+        points=[Point(**point) for point in value["points"]],
         deep=value["deep"],
     )
 
@@ -139,7 +145,8 @@ class Worker:
                 self._cap(budget, left[0], is_on)
                 row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
                 is_first = len(left) == len(points)
-                self.write(row | self._measure(attached, stack, left[0], is_first))
+                row |= self._measure(attached, stack, left[0], is_first)
+                self.write(row | self._optimum(stack, budget, left[0]))
                 left.pop(0)
         except Exception as error:
             traceback.print_exc()
@@ -151,6 +158,16 @@ class Worker:
             if attached is not None:
                 attached.close()
         return left
+
+    def _optimum(self, stack: Any, budget: int, point: Point) -> dict[str, Any]:
+        """What no policy beats in a cell, with the blocks' measured times."""
+        from bench.optimum import optimum_s
+
+        reference, link = self.job.references.get(point.key, {}), self.job.measured_link
+        if self.job.engine != "dgls" or link is None or "block_s" not in reference:
+            return {}
+        block_s, compute_s = reference["block_s"], reference["compute_s"]
+        return {"optimum_s": optimum_s(stack, budget, link, block_s, compute_s)}
 
     def _cap(self, budget: int, point: Point, is_on: bool) -> None:
         """Holds torch to the budget, what the resident run needs beside weights, and some slack."""
@@ -167,6 +184,7 @@ class Worker:
     def _measure(
         self, attached: Attached, stack: Any, point: Point, is_first: bool
     ) -> dict[str, Any]:
+        """Measures a point; ``is_first`` of its budget."""
         from bench.eaters import eating
 
         stack.pace(point.pace_s)
@@ -238,7 +256,7 @@ def main(argv: list[str]) -> int:
         job = _job(json.loads(Path(job_path).read_text()))
         if job.device.type == "cpu":
             torch.set_num_threads(1)  # the link's thread needs a processor too
-        if job.ratios:
+        if job.ratios or job.points:
             from bench.limits import Limits
 
             Limits(job, engine, out).run()

@@ -14,6 +14,7 @@ bench_path.put_on_path()
 from bench.cells import Bed, Limit, Point, even_residents  # noqa: E402
 from bench.engines.original import residents  # noqa: E402
 from bench.limits import tokens_for  # noqa: E402
+from bench.optimum import optimum_s  # noqa: E402
 from bench.stacks import CastLinear, Workload, weight_bytes  # noqa: E402
 
 
@@ -125,3 +126,15 @@ def test_tokens_are_found_for_a_time() -> None:
     for wanted in (2048, 8192, 20480):
         assert tokens_for(seconds(wanted), probes, 528) == wanted
     assert tokens_for(0.0, probes, 528) == 528
+
+
+def test_the_optimum_of_equal_blocks_is_the_closed_form() -> None:
+    stack = Workload("wan", scale=1 / 40, depth=0.5).build()
+    total = weight_bytes(stack)
+    ends = weight_bytes(stack.inp) + weight_bytes(stack.out)
+    count, budget = len(stack.order), total // 4
+    for compute_s in (0.1, 1.0, 20.0):
+        equal = Limit(total - ends, budget - ends, compute_s, total / 4.0, count)
+        found = optimum_s(stack, budget, total / 4.0, [1.0] * count, compute_s)
+        assert found == pytest.approx(equal.optimum_s, rel=1e-6)
+    assert optimum_s(stack, total, total / 4.0, [1.0] * count, 2.0) == 2.0

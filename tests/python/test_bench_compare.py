@@ -106,6 +106,10 @@ def first(results: Results) -> dict[str, Any]:
 
 CHANGES: list[tuple[str, Callable[[Results], Any]]] = [
     ("efficiency 0.938, needs 0.95 (copy)", lambda r: first(r).update(pass_s=1.6)),
+    (
+        "efficiency 0.938, needs 0.95 (copy); no policy reaches more than 0.962",
+        lambda r: first(r).update(pass_s=1.6, optimum_s=1.56),
+    ),
     ("needs 0.93 (balance)", lambda r: r.value["cells"][1].update(pass_s=1.65)),
     ("needs 0.97 (compute)", lambda r: r.value["cells"][2].update(pass_s=4.2)),
     ("is above 1.02", lambda r: r.value["cells"][2].update(pass_s=3.9)),
@@ -165,6 +169,17 @@ def test_what_no_policy_could_do_is_a_note() -> None:
     assert found_in(results) == []
     (note,) = notes(results, FLOORS)
     assert "1.10 times faster than aimdo-linear; no policy could be more than 1.11" in note
+
+
+def test_a_floor_above_the_optimum_of_all_policies_is_void() -> None:
+    results = good()
+    results.value["cells"][1].update(pass_s=1.65, optimum_s=1.63)
+    assert found_in(results) == []
+    (note,) = notes(results, FLOORS)
+    assert "efficiency 0.909; no policy reaches more than 0.920, so 0.93 is void" in note
+    # but it has to be near to that optimum
+    results.value["cells"][1].update(pass_s=1.7)
+    assert any("needs 0.93" in miss for miss in found_in(results))
 
 
 def test_the_exit_status_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,9 @@ def test_every_engine_is_measured_and_exact(done: Path) -> None:
         assert "total" in cell["account"]
     assert cells[1]["beside"]["resident_s"] > 0  # the budget in which all fits
     assert cells[0]["facts"]["streamed_bytes"] > 0
+    assert results.limit(cells[0]).seconds <= cells[0]["optimum_s"] * 1.0001
     bed = next(iter(results.value["beds"].values()))
+    assert all(len(point["block_s"]) == bed["blocks"] for point in bed["points"].values())
     assert bed["link_bytes_per_s"] == 2e8
     assert not list((done / "weights").glob("*"))
 

@@ -73,11 +73,13 @@ def rows(folder: Path, errors: list[Exception | None], seconds: float = 60) -> l
         folder=folder,
         device=CPU,
         link_bytes_per_s=None,
+        measured_link=None,
         effort=Effort(warm=1, least=1, most=1, seconds=0.0),
         cells=[(budget, point) for budget in (10, 20) for point in POINTS],
         references=references,
         deadline=time.time() + seconds,
         ratios=[],
+        points=[],
         deep=False,
     )
     out = io.StringIO()
