@@ -139,7 +139,7 @@ def draw(loaded: list[Results], path: Path) -> None:
     from matplotlib import pyplot
 
     mpl.rcParams["svg.hashsalt"] = "dgls_torch"
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure, axes = pyplot.subplots(figsize=(11, 5.5))
     largest = max(loaded, key=lambda results: len(results.value["cells"]))
     names = [name for name in engines_of(largest) if name != "dgls"]
     styles = ["-", "--", ":", "-."]
@@ -148,18 +148,25 @@ def draw(loaded: list[Results], path: Path) -> None:
         if points:
             color = mpl.colormaps["tab20"](number % 20)
             style = styles[number % len(styles)]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=ENGINES[name].title)
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=color,
+                marker=".",
+                label=ENGINES[name].title,
+            )
     points = curve(largest, "dgls")
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", color="black", linewidth=2.5, label=ENGINES["dgls"].title)
     axes.axhline(1.0, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("copy / compute")
     axes.set_ylabel("efficiency: physical limit / measured")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left", ncols=2)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
