@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a plan, save after each engine")
     run.add_argument("--plan", default="core", choices=PLANS, help="default: core")
-    run.add_argument("--out", type=Path, default=Path("bench-results.json"))
+    run.add_argument("--out", type=Path, default=Path(".build/bench.json"))
     run.add_argument("--minutes", type=float, default=7.0, help="no cell begins later; default 7")
     run.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     run.add_argument("--link", type=float, default=_HOST_LINK, help="bytes/s on the CPU")
