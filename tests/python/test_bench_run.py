@@ -86,7 +86,8 @@ def test_engines_that_cannot_run_are_named_with_their_reason(
     monkeypatch.setitem(PLANS, "ci", (Stage(stage.bed, (0.5,), (2.0,), ("mmgp", "ring")),))
     value = json.loads((done / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(value | {"cells": []}))
-    assert measure(tmp_path, minutes="0") == 0
+    # a process that is told to go ends with 7: here none must be
+    assert measure(tmp_path, "--python", str(ends_with_7(tmp_path)), minutes="0") == 0
     cells = Results.load(tmp_path / "results.json").value["cells"]
     assert [(cell["engine"], cell["status"], cell["reason"]) for cell in cells] == [
         ("mmgp", "failed", "needs a CUDA device, found the CPU"),
@@ -97,16 +98,21 @@ def test_engines_that_cannot_run_are_named_with_their_reason(
 def test_a_process_that_dies_leaves_its_status(
     done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "python").write_text("#!/bin/sh\nread line\nexit 7\n")
-    (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(run, "_PATIENCE_S", 5.0)
     value = json.loads((done / "results.json").read_text())
     (tmp_path / "results.json").write_text(json.dumps(value | {"cells": []}))
-    assert measure(tmp_path, "--python", str(tmp_path / "python")) == 0
+    assert measure(tmp_path, "--python", str(ends_with_7(tmp_path))) == 0
     cells = Results.load(tmp_path / "results.json").value["cells"]
     assert {(cell["status"], cell["reason"]) for cell in cells} == {
         ("failed", "the process ended with status 7")
     }
+
+
+def ends_with_7(folder: Path) -> Path:
+    path = folder / "python"
+    path.write_text("#!/bin/sh\nread line\nexit 7\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
