@@ -90,6 +90,8 @@ def account_rows(results: Results) -> list[tuple[str, ...]]:
             limit = results.limit(cell)
             parts = (account[part] for part in ("exposed_copy", "copy_inline", "launch", "device"))
             hooks = (cell.get("hooks") or {}).get("call_s")
+            if hooks is None and account.get("hooks"):
+                hooks = account["hooks"] / account["kernels"]  # without a GPU: calls of blocks
             values = (cell["pass_s"], account["total"], account["compute"], limit.compute_s, *parts)
             rows.append(
                 (
