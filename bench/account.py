@@ -150,30 +150,37 @@ def from_trace(events: list[dict[str, Any]]) -> Account:
     return total
 
 
-def profile(run_pass: Callable[[], object], passes: int = 3) -> Account:
+def profile(run_pass: Callable[[], object], passes: int = 3) -> tuple[Account, float]:
     """Profiles ``passes`` passes on the GPU that are enqueued without a break.
 
     Only what the device does and the calls into CUDA are recorded: to record torch's own functions
     too would slow the host down, and with it what is measured. Even so the host is slower.
+
+    Returns:
+        The account, and the seconds of a pass by events around the same passes.
     """
     activity = torch.profiler.ProfilerActivity
     try:
-        return from_trace(_trace(run_pass, passes, [activity.CUDA]))
+        events, seconds = _trace(run_pass, passes, [activity.CUDA])
+        return from_trace(events), seconds
     except ValueError:  # a profiler that records calls only together with torch's functions
-        return from_trace(_trace(run_pass, passes, [activity.CPU, activity.CUDA]))
+        events, seconds = _trace(run_pass, passes, [activity.CPU, activity.CUDA])
+        return from_trace(events), seconds
 
 
 def _trace(
     run_pass: Callable[[], object], passes: int, activities: list[Any]
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float]:
+    times = [torch.cuda.Event(enable_timing=True) for _ in range(passes + 1)]
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(passes):
+        for time in times:
             torch.cuda._sleep(1)
-            run_pass()
-        torch.cuda._sleep(1)
+            time.record()
+            if time is not times[-1]:
+                run_pass()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    return events
+    return events, 1e-3 * times[1].elapsed_time(times[-1]) / (passes - 1)

@@ -74,7 +74,11 @@ def _run(options: argparse.Namespace) -> int:
         log=options.log,
     )
     stages = list(PLANS[options.plan])
-    Run(stages, settings, results).run()
+    try:
+        Run(stages, settings, results).run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     results.save(options.out)
     from bench.table import print_table
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from bench import measure, weights
 from bench.account import profile
 from bench.driver_calls import DriverCalls, split
 from bench.hook_clock import HookClock
+from bench.host_time import added_host_time
 from bench.stacks import weight_bytes
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _ROUNDS = 5
 _WATCHED_PASSES = 3
 _LONG_PASS_S = 0.3
-_UNHINDERED = 8
-"""Blocks that the host enqueues before the device's queue can be full."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Cell:
     x: Tensor
     c: Tensor
     timing: Timing
+    budget_bytes: int
     is_first: bool
     """Whether it is the first of its budget."""
 
@@ -79,66 +78,27 @@ def _or_reason(look: Callable[[Cell], dict[str, Any] | None], cell: Cell) -> dic
 
 
 def _account(cell: Cell) -> dict[str, Any]:
-    """Where a pass went, and how far the sum of the parts is off the time measured before."""
+    """Where a pass went, and how far the sum of the parts is off the time of the same passes."""
     if cell.is_on_cuda:
         count = 3 if cell.timing.median_s > _LONG_PASS_S else 4
-        found = profile(lambda: cell.passes(1), count)
+        found, seconds = profile(lambda: cell.passes(1), count)
     else:
         clock = HookClock(cell.stack.order)
         begun = time.perf_counter()
-        cell.timed(_WATCHED_PASSES)
+        seconds = statistics.mean(cell.timed(_WATCHED_PASSES).passes)
         spent = time.perf_counter() - begun
         clock.close()
         found = clock.account(_WATCHED_PASSES, spent)
-    return found.to_json() | {"off": found.total / cell.timing.median_s - 1}
+    against = {"off": found.total / seconds - 1, "pass_s": seconds}
+    return found.to_json() | against
 
 
 def _hooks(cell: Cell) -> dict[str, Any] | None:
-    """Seconds of the host that streaming adds at each call of a block.
-
-    The host's time for the first blocks of a pass, less what the same blocks take that are
-    resident and have no hooks, in turns. The clock is read twice in a pass; no profiler runs. More
-    blocks would fill the device's queue, and then the host waits for the device.
-    """
-    if not cell.is_first or not cell.is_on_cuda:
+    """The host's time at each call of a block; once in a process, on a GPU."""
+    if not cell.is_on_cuda or not cell.is_first or cell.budget_bytes != cell.job.cells[0][0]:
         return None
-    job, count = cell.job, min(_UNHINDERED, len(cell.stack.order))
-    torch.cuda.set_per_process_memory_fraction(1.0, job.device)  # some blocks more for a while
-    path = weights.make(job.bed.workload, job.folder, job.device)
-    bare = weights.load(job.bed.workload, path)
-    bare.__dict__["order"] = bare.order[:count]
-    for part in (bare.inp, bare.out, *bare.order):
-        part.to(job.device)
-    clocks = [_Span(stack.order[0], stack.order[count - 1]) for stack in (cell.stack, bare)]
-    for _ in range(_ROUNDS + 1):
-        cell.timed(1)
-        measure.timed(bare, cell.x, cell.c, 1)
-    ours, alone = (statistics.median(clock.close()[1:]) / count for clock in clocks)
-    parameters = sum(1 for block in bare.order for _ in block.parameters()) / count
-    return {"call_s": max(0.0, ours - alone), "bare_s": alone, "parameters": parameters}
-
-
-class _Span:
-    """Seconds of the host from before one block's hooks to after another's."""
-
-    def __init__(self, first: nn.Module, last: nn.Module) -> None:
-        self._spans: list[float] = []
-        self._begun = 0.0
-        self._handles = [
-            first.register_forward_pre_hook(self._begin, prepend=True),
-            last.register_forward_hook(self._end),
-        ]
-
-    def _begin(self, *_: Any) -> None:
-        self._begun = time.perf_counter()
-
-    def _end(self, *_: Any) -> None:
-        self._spans.append(time.perf_counter() - self._begun)
-
-    def close(self) -> list[float]:
-        for handle in self._handles:
-            handle.remove()
-        return self._spans
+    torch.cuda.set_per_process_memory_fraction(1.0, cell.job.device)  # another model for a while
+    return added_host_time(cell.job.folder, cell.job.device)
 
 
 def _driver_calls(cell: Cell) -> dict[str, Any] | None:

@@ -141,7 +141,8 @@ class Limits(Worker):
             },
         }
         if on_cuda and job.deep:
-            row["account"] = profile(lambda: measure.chain(stack, x, c, 1, _nothing)).to_json()
+            account, _ = profile(lambda: measure.chain(stack, x, c, 1, _nothing))
+            row["account"] = account.to_json()
         if not all(math.isfinite(value) for value in timing.passes):
             raise ArithmeticError(f"times need to be finite, found {timing.passes}")
         return row

@@ -69,6 +69,19 @@ class Results:
         keys = [known[f"{ratio:g}"] for ratio in ratios if f"{ratio:g}" in known]
         return list(dict.fromkeys(keys))
 
+    def check_device(self, rows: list[dict[str, Any]]) -> None:
+        """Refuses rows of another GPU than the one that the limits were measured on.
+
+        Raises:
+            ValueError: The GPUs differ; both are named.
+        """
+        known = self.value["machine"].get("gpu")
+        for row in rows:
+            if row.get("kind") == "device" and known not in (None, row["gpu"]):
+                raise ValueError(
+                    f"these results are of {known}, found {row['gpu']}: write to another file"
+                )
+
     def add_limits(self, bed: Bed, rows: list[dict[str, Any]]) -> None:
         """Takes the rows of the process that measures limits."""
         entry = {"bed": bed.to_json(), "title": bed.title(), "points": {}, "ratios": {}}
@@ -108,7 +121,7 @@ class Results:
         rows: list[dict[str, Any]],
     ) -> None:
         """Takes the rows of an engine; cells without one get the reason of the whole process."""
-        general = next((row for row in rows if "point" not in row), None)
+        general = next((row for row in rows if "status" in row and "point" not in row), None)
         fallback = general or {"status": "skipped", "reason": "no time was left"}
         by_key = {(row["budget_bytes"], row["point"]): row for row in rows if "point" in row}
         for budget, fields in wanted:

@@ -129,16 +129,24 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             tasks = list(self._open_tasks())
             ahead = self._start(tasks[0], Path(scratch), 0) if tasks else None
-            for number, task in enumerate(tasks):
-                now, ahead = ahead, None
-                assert now is not None
-                if number + 1 < len(tasks):
-                    ahead = self._start(tasks[number + 1], Path(scratch), number + 1)
-                self._one(task, now)
-                self._results.save(self._options.out)
-                following = [later.stage.bed.workload for later in tasks[number + 1 :]]
-                if task.stage.bed.workload not in following and not self._options.keep_weights:
-                    weights.remove(task.stage.bed.workload, self._options.folder)
+            try:
+                for number, task in enumerate(tasks):
+                    now, ahead = ahead, None
+                    assert now is not None
+                    if number + 1 < len(tasks):
+                        ahead = self._start(tasks[number + 1], Path(scratch), number + 1)
+                    self._one(task, now)
+                    self._results.save(self._options.out)
+                    self._remove_weights(task, tasks[number + 1 :])
+            finally:
+                if ahead is not None:
+                    ahead.end()
+
+    def _remove_weights(self, task: _Task, later: list[_Task]) -> None:
+        workload = task.stage.bed.workload
+        is_needed = any(other.stage.bed.workload == workload for other in later)
+        if not is_needed and not self._options.keep_weights:
+            weights.remove(workload, self._options.folder)
 
     def _open_tasks(self) -> Iterator[_Task]:
         """The tasks, without limits that are known and weights that an earlier task makes."""
@@ -175,6 +183,7 @@ class Run:
             rows = [{"status": "skipped", "reason": "no time was left"}]
         else:
             rows = process.go(job)
+        self._results.check_device(rows)
         if task.kind == "limits":
             self._results.add_limits(bed, rows)
         elif task.kind == "cells":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.cells import Bed, Point
+    from bench.measure import Timing
 
 _SLACK_LEAST = 256 << 20
 
@@ -145,7 +146,7 @@ class Worker:
                 self._cap(budget, left[0], is_on)
                 row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
                 is_first = len(left) == len(points)
-                row |= self._measure(attached, stack, left[0], is_first)
+                row |= self._measure(attached, stack, budget, left[0], is_first)
                 self.write(row | self._optimum(stack, budget, left[0]))
                 left.pop(0)
         except Exception as error:
@@ -182,21 +183,25 @@ class Worker:
         torch.cuda.set_per_process_memory_fraction(share, self.job.device)
 
     def _measure(
-        self, attached: Attached, stack: Any, point: Point, is_first: bool
+        self, attached: Attached, stack: Any, budget: int, point: Point, is_first: bool
     ) -> dict[str, Any]:
         """Measures a point; ``is_first`` of its budget."""
+        from bench.details import Cell, details
         from bench.eaters import eating
 
         stack.pace(point.pace_s)
         self.empty_cache()  # what other points left would count as memory in use
         with eating(self.job.device, self.job.bed.eaters):
-            return self._passes(attached, stack, point, is_first)
+            row, timing, x, c = self._passes(attached, point)
+            if self.job.deep:
+                cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)
+                row |= details(cell)
+        return row | {"facts": attached.facts()}
 
     def _passes(
-        self, attached: Attached, stack: Any, point: Point, is_first: bool
-    ) -> dict[str, Any]:
+        self, attached: Attached, point: Point
+    ) -> tuple[dict[str, Any], Timing, torch.Tensor, torch.Tensor]:
         from bench import measure
-        from bench.details import Cell, details
 
         job, step = self.job, attached.step
         x, c = job.bed.workload.inputs(point.tokens, job.device)
@@ -227,8 +232,7 @@ class Worker:
                 name: (after[name] - before[name]) / len(timing.passes) for name in after
             },
         }
-        row |= details(Cell(job, attached, stack, x, c, timing, is_first)) if job.deep else {}
-        return row | {"facts": attached.facts()}
+        return row, timing, x, c
 
 
 def main(argv: list[str]) -> int:
@@ -254,6 +258,9 @@ def main(argv: list[str]) -> int:
             out.write(json.dumps({"status": "failed", "reason": failed}) + "\n")
             return 0
         job = _job(json.loads(Path(job_path).read_text()))
+        if job.device.type == "cuda":
+            row = {"kind": "device", "gpu": torch.cuda.get_device_name(job.device)}
+            out.write(json.dumps(row) + "\n")
         if job.device.type == "cpu":
             torch.set_num_threads(1)  # the link's thread needs a processor too
         if job.ratios or job.points:

@@ -6,21 +6,25 @@ Method: traces of a few kernels in the form that torch's profiler writes.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bench_path
 import pytest
 
 bench_path.put_on_path()
 
+import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.account import MARK, from_trace  # noqa: E402
 from bench.driver_calls import _base, split  # noqa: E402
 from bench.hook_clock import HookClock  # noqa: E402
+from bench.host_time import Span, added_host_time  # noqa: E402
 
-US = 1.0
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Trace:
@@ -147,3 +151,21 @@ def test_the_clock_around_blocks_adds_up_and_goes_away() -> None:
     clock.close()
     assert not block._forward_hooks
     assert not block._forward_pre_hooks
+
+
+def test_the_hosts_time_is_taken_of_both_kinds_of_blocks(tmp_path: Path) -> None:
+    found = added_host_time(tmp_path, torch.device("cpu"), 2e9)
+    assert set(found) == {"call_s", "bare_s", "single_call_s", "single_bare_s"}
+    assert found["bare_s"] > 0
+    assert found["call_s"] != found["single_call_s"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_span_reaches_from_before_the_hooks_to_after_them() -> None:
+    first, last = nn.Identity(), nn.Identity()
+    first.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    last.register_forward_hook(lambda *_: time.sleep(0.01))
+    span = Span(first, last)
+    last(first(1))
+    assert span.close()[0] >= 0.02
+    assert not first._forward_hooks

@@ -128,3 +128,14 @@ def test_every_plan_names_engines_that_exist() -> None:
             assert set(stage.engines) <= set(ENGINES)
             assert "resident" not in stage.engines
             stage.bed.workload.build()
+
+
+def test_results_of_one_gpu_do_not_go_on_on_another(done: Path) -> None:
+    results = Results.load(done / "results.json")
+    row = {"kind": "device", "gpu": "NVIDIA H200"}
+    results.check_device([row])  # nothing is known yet
+    results.value["machine"]["gpu"] = "NVIDIA H200"
+    results.check_device([row, {"status": "ok"}])
+    results.value["machine"]["gpu"] = "NVIDIA H100"
+    with pytest.raises(ValueError, match="of NVIDIA H100, found NVIDIA H200: write to another"):
+        results.check_device([row])
