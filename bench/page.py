@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.compare import HOST_DECIDES, overhead_bytes
 from bench.engines import ENGINES
+from bench.plans import PLANS
 from bench.table import account_rows, cell_text, engines_of, losers, ordered
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ copy over compute: above 1 the link decides. One engine per process, the same bl
 budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
 that are enqueued without a break. `best` is what no policy beats, whatever it keeps and copies
 when: a buffer takes room that residents lack (a linear program with the blocks' bytes and measured
-times; docs/plan-format.md). Layers are as large and as many as the real models' (unless a width is
+times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are as large and as many as the real models' (unless a width is
 named), weights random, positions (RoPE) left out.
 
 Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
@@ -35,7 +36,7 @@ linear ones stay on the device.
 weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
 `differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
 `lost`: an engine was faster than dgls_torch. `host`: launches were more than a tenth of the pass,
-so the host is what limits.
+so the host limits; the resident run then is as noisy as the rest, and values pass 100.
 """
 
 
@@ -117,6 +118,22 @@ def _reasons(results: Results) -> list[str]:
     return _markdown([("engine", "cells", "reason"), *rows]) if rows else ["None failed."]
 
 
+def _skipped(results: Results) -> list[str]:
+    counts: dict[str, int] = {}
+    for cell in results.value["cells"]:
+        if cell["status"] == "skipped":
+            counts[cell["engine"]] = counts.get(cell["engine"], 0) + 1
+    texts = [f"{name} {count}" for name, count in counts.items()]
+    return [f"No time was left for these cells: {', '.join(texts)}."] if texts else []
+
+
+def _plans_left(loaded: list[Results]) -> list[str]:
+    commands = [entry["command"] for results in loaded for entry in results.value["commands"]]
+    words = {word for command in commands for word in command.split()}
+    left = [name for name in PLANS if name not in words and name not in ("ci", "host")]
+    return ["## Not run", "", f"Plans that have not run: {', '.join(left)}."] if left else []
+
+
 def curve(results: Results, engine: str) -> list[tuple[float, float]]:
     """Ratio and efficiency, the median of the cells within each factor of two."""
     bins: dict[int, list[tuple[float, float]]] = {}
@@ -132,7 +149,7 @@ def curve(results: Results, engine: str) -> list[tuple[float, float]]:
 
 
 def draw(loaded: list[Results], path: Path) -> None:
-    """The chart: efficiency over copy/compute, one line for each engine; SVG, PNG or PDF."""
+    """The first run's efficiency over copy/compute, a line for each engine; SVG, PNG or PDF."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -140,11 +157,11 @@ def draw(loaded: list[Results], path: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "dgls_torch"
     figure, axes = pyplot.subplots(figsize=(11, 5.5))
-    largest = max(loaded, key=lambda results: len(results.value["cells"]))
-    names = [name for name in engines_of(largest) if name != "dgls"]
+    first = loaded[0]
+    names = [name for name in engines_of(first) if name != "dgls"]
     styles = ["-", "--", ":", "-."]
     for number, name in enumerate(names):
-        points = curve(largest, name)
+        points = curve(first, name)
         if points:
             color = mpl.colormaps["tab20"](number % 20)
             style = styles[number % len(styles)]
@@ -155,7 +172,7 @@ def draw(loaded: list[Results], path: Path) -> None:
                 marker=".",
                 label=ENGINES[name].title,
             )
-    points = curve(largest, "dgls")
+    points = curve(first, "dgls")
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", color="black", linewidth=2.5, label=ENGINES["dgls"].title)
@@ -182,7 +199,8 @@ def text(loaded: list[Results], chart: str) -> str:
         lines += ["`sum` the parts together. An engine that was faster has a line of its own.", ""]
         lines += _markdown(account_rows(results))
         lines += ["", "### Memory and host", "", *_memory(results)]
-        lines += ["", "### What failed", "", *_reasons(results), ""]
+        lines += ["", "### What failed", "", *_reasons(results), "", *_skipped(results), ""]
+    lines += _plans_left(loaded)
     return "\n".join(lines).rstrip() + "\n"
 
 
