@@ -25,8 +25,9 @@ copy over compute: above 1 the link decides. One engine per process, the same bl
 budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
 that are enqueued without a break. `best` is what no policy beats, whatever it keeps and copies
 when: a buffer takes room that residents lack (a linear program with the blocks' bytes and measured
-times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are as large and as many as the real models' (unless a width is
-named), weights random, positions (RoPE) left out.
+times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are as large
+and as many as the real models' (unless a width is named), weights random, positions (RoPE) left
+out.
 
 Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
 device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
