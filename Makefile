@@ -4,7 +4,9 @@
 # PYTHON      Python that main is made from; ALT_PYTHON the same for alt (default: found)
 # ARGS        more arguments for demo, bench, doctor and gpu-check; PYTEST_ARGS for pytest
 # COMFYUI_DIR, COMFYUI_PYTHON  a ComfyUI checkout and its Python, for comfy-check
-# GPU_PYTHON  Python that runs gpu-check, with the wheel installed in it (default: main's)
+# GPU_PYTHON  Python that runs gpu-check and gpu-bench, with the wheel installed in it (default:
+#             main's); for gpu-bench with the peers too, as many as shall be measured
+# PLAN        which run gpu-bench makes (default core; python -m bench run --help)
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -35,7 +37,7 @@ help: ## list these targets
 
 # ---- for users
 
-.PHONY: demo doctor bench gpu-check
+.PHONY: demo doctor bench gpu-check gpu-bench host-bench peers
 demo: $(main)/.wheel ## set up, build and run the demo
 	@$(python) -m dgls_torch demo $(ARGS)
 
@@ -53,6 +55,30 @@ ifndef GPU_PYTHON
 	@$(MAKE) $(main)/.wheel
 endif
 	@PYTHON="$(or $(GPU_PYTHON),$(python))" "$(or $(GPU_PYTHON),$(python))" tests/gpu/check.py $(ARGS)
+
+# One call of less than eight minutes; the results are kept, and a second call goes on from them.
+gpu-bench: ## measure beside every peer against the physical limit (needs a GPU)
+	@[[ $$(nvidia-smi -L 2>/dev/null) == GPU* ]] || { \
+	  echo "error: gpu-bench needs an NVIDIA GPU and nvidia-smi finds none; host-bench needs none." \
+	    >&2; exit 2; }
+ifndef GPU_PYTHON
+	@$(MAKE) peers
+endif
+	@python="$(or $(GPU_PYTHON),$(VENVS)/peers/bin/python)"; out=$(build)/bench-$(or $(PLAN),core).json; \
+	  mkdir -p $(build); "$$python" -m bench run --plan $(or $(PLAN),core) --minutes 6.5 --out $$out \
+	    --python "$$python" --log $(build)/bench.log $(ARGS) && "$$python" -m bench compare $$out
+
+host-bench: $(main)/.wheel ## the same without a GPU: paced blocks, a link held to a rate
+	@mkdir -p $(build)
+	@$(python) -m bench run --plan host --device cpu --minutes 6 --out $(build)/bench-host.json \
+	  --python $(python) --log $(build)/bench.log $(ARGS)
+
+# Torch and the wheel are main's; nothing of the peers gets into main.
+peers: $(main)/.wheel ## install the peers of gpu-bench into an environment of their own
+	@[ -x $(VENVS)/peers/bin/python ] || $(python) -m venv $(VENVS)/peers
+	@$(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(VENVS)/peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	@$(VENVS)/peers/bin/python -m pip install --quiet --no-compile -r bench/requirements-peers.txt
 
 # The wheel has to be installed for COMFYUI_PYTHON, which is the Python that ComfyUI runs with.
 .PHONY: comfy-check

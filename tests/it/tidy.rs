@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const MOST_LINES: usize = 400;
 const MOST_COLUMNS: usize = 100;
 const MOST_FILES: usize = 12;
-const FOLDERS: [&str; 4] = ["src", "csrc", "torch_ext", "tests"];
+const FOLDERS: [&str; 5] = ["src", "csrc", "torch_ext", "tests", "bench"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,0 +1,108 @@
+"""The command line of the measurement."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+from pathlib import Path
+
+from bench.engines import ENGINES
+from bench.plans import PLANS
+from bench.results import Results
+from bench.run import Options, Run, default_python
+
+_HOST_LINK = 2e8
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure a plan, save after each engine")
+    run.add_argument("--plan", default="core", choices=PLANS, help="default: core")
+    run.add_argument("--out", type=Path, default=Path(".build/bench.json"))
+    run.add_argument("--minutes", type=float, default=7.0, help="no cell begins later; default 7")
+    run.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    run.add_argument("--link", type=float, default=_HOST_LINK, help="bytes/s on the CPU")
+    run.add_argument("--folder", type=Path, default=Path("/dev/shm/dgls-bench"))
+    run.add_argument("--engines", default=None, help="only these, separated by commas")
+    run.add_argument("--python", default=default_python(), help="with the peers in it")
+    run.add_argument("--log", type=Path, default=None, help="what the engines print")
+    run.add_argument("--deep", action=argparse.BooleanOptionalAction, default=True)
+    run.add_argument("--keep-weights", action="store_true", help="for a run that follows")
+    compare = commands.add_parser("compare", help="fail where results miss the stated floors")
+    compare.add_argument("results", type=Path, nargs="+")
+    compare.add_argument("--floors", type=Path, default=Path(__file__).with_name("floors.json"))
+    page = commands.add_parser("page", help="write the table and the chart of real runs")
+    page.add_argument("results", type=Path, nargs="+")
+    page.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))
+    show = commands.add_parser("show", help="print the table")
+    show.add_argument("results", type=Path, nargs="+")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command for the page: what changes results, and no paths."""
+    words = ["python", "-m", "bench", "run", "--plan", options.plan]
+    words += ["--minutes", f"{options.minutes:g}", "--device", options.device]
+    words += ["--link", f"{options.link:g}"] if options.device == "cpu" else []
+    words += ["--engines", options.engines] if options.engines else []
+    return shlex.join(words)
+
+
+def _run(options: argparse.Namespace) -> int:
+    wanted = None if options.engines is None else tuple(options.engines.split(","))
+    unknown = [name for name in wanted or () if name not in ENGINES]
+    if unknown:
+        print(f"engines need some of {', '.join(ENGINES)}, found {unknown[0]!r}", file=sys.stderr)
+        return 2
+    results = Results.load(options.out) if options.out.exists() else Results()
+    command = _command(options)
+    when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    results.value["commands"].append({"command": command, "date": when})
+    settings = Options(
+        device=options.device,
+        folder=options.folder,
+        out=options.out,
+        minutes=options.minutes,
+        link_bytes_per_s=options.link if options.device == "cpu" else None,
+        python=options.python,
+        deep=options.deep,
+        keep_weights=options.keep_weights,
+        engines=wanted,
+        log=options.log,
+    )
+    stages = list(PLANS[options.plan])
+    try:
+        Run(stages, settings, results).run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    results.save(options.out)
+    from bench.table import print_table
+
+    print_table(results)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command; 0 if all is well, 1 where floors are missed, 2 for a wrong option."""
+    options = _parser().parse_args(argv)
+    if options.command == "run":
+        return _run(options)
+    loaded = [Results.load(path) for path in options.results]
+    if options.command == "compare":
+        from bench.compare import compare
+
+        return compare(loaded, options.floors)
+    if options.command == "page":
+        from bench.page import write
+
+        write(loaded, options.out)
+        return 0
+    from bench.table import print_table
+
+    for results in loaded:
+        print_table(results)
+    return 0

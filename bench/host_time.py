@@ -1,0 +1,84 @@
+"""What streaming adds to the host's time at each call of a block.
+
+Measured with blocks so narrow that the device always waits for the host, but with as many
+parameters as FLUX.1's: a streamed stack and a resident one without hooks take turns, and the clock
+is read twice in a pass. No profiler runs, and nothing is in the hooks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+from bench import measure, weights
+from bench.engines import Setup, ours
+from bench.stacks import Workload, weight_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+_NARROW = Workload("flux", scale=1 / 24, depth=0.5, text_tokens=2)
+_SHARE = 0.6
+_BLOCKS = 8
+_ROUNDS = 41
+_UNTIMED = 10
+"""Rounds in which a plan is still being looked for."""
+
+
+class Span:
+    """Seconds of the host from before one block's hooks to after another's."""
+
+    def __init__(self, first: nn.Module, last: nn.Module) -> None:
+        """Registers two hooks; an engine must have been attached before."""
+        self._spans: list[float] = []
+        self._begun = 0.0
+        self._handles = [
+            first.register_forward_pre_hook(self._begin, prepend=True),
+            last.register_forward_hook(self._end),
+        ]
+
+    def _begin(self, *_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self._spans.append(time.perf_counter() - self._begun)
+
+    def close(self) -> list[float]:
+        """Takes the hooks off; the span of each pass."""
+        for handle in self._handles:
+            handle.remove()
+        return self._spans
+
+
+def added_host_time(
+    folder: Path, device: torch.device, link_bytes_per_s: float | None = None
+) -> dict[str, Any]:
+    """Seconds added at each call: of double blocks (24 parameters) and of single ones (8)."""
+    path = weights.make(_NARROW, folder, device)
+    streamed, bare = (weights.load(_NARROW, path) for _ in range(2))
+    bare.to(device)
+    budget = int(_SHARE * weight_bytes(streamed))
+    attached = ours.attach(Setup(streamed, budget, device, link_bytes_per_s))
+    spans = [
+        Span(stack.order[first], stack.order[first + _BLOCKS - 1])
+        for first in (0, len(bare.order) - _BLOCKS)
+        for stack in (streamed, bare)
+    ]
+    x, c = _NARROW.inputs(_NARROW.least_tokens(), device)
+    for _ in range(_ROUNDS):
+        for stack in (streamed, bare):
+            measure.timed(stack, x, c, 1)
+    medians = [statistics.median(span.close()[_UNTIMED:]) / _BLOCKS for span in spans]
+    attached.close()
+    weights.remove(_NARROW, folder)
+    double, double_bare, single, single_bare = medians
+    return {
+        "call_s": double - double_bare,
+        "bare_s": double_bare,
+        "single_call_s": single - single_bare,
+        "single_bare_s": single_bare,
+    }

@@ -1,0 +1,224 @@
+"""How passes are timed, checked and watched, on a GPU by events and on the CPU by the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+CHECKED_PASSES = 2
+_SAMPLE_S = 0.002
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How many passes are run: at least some, then until a time is up, at most some."""
+
+    warm: int = 5
+    """Passes after the two checked ones and before the timed ones."""
+    least: int = 3
+    most: int = 8
+    seconds: float = 1.2
+
+    def passes(self, pass_s: float) -> int:
+        """The number for passes of ``pass_s`` seconds."""
+        return max(self.least, min(self.most, int(self.seconds / max(pass_s, 1e-6)) + 1))
+
+
+def wait(device: torch.device) -> None:
+    """Blocks until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def chain(step: Step, x: Tensor, c: Tensor, passes: int, between: Callable[[], None]) -> Tensor:
+    """Runs passes as a sampler does, one's output in the next; nothing waits in between."""
+    for _ in range(passes):
+        x = x - 0.1 * step(x, c)
+        between()
+    return x
+
+
+def digest(step: Step, x: Tensor, c: Tensor) -> str:
+    """A hash of the output of the first passes from ``x``.
+
+    Raises:
+        ArithmeticError: The output has values that are not finite, whose hash would prove nothing.
+    """
+    y = chain(step, x, c, CHECKED_PASSES, lambda: None).cpu()
+    if not bool(torch.isfinite(y).all()) or float(y.float().std()) == 0.0:
+        raise ArithmeticError("the output needs finite values that differ, found others")
+    return hashlib.sha256(y.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each pass, and of the host to enqueue one."""
+
+    passes: list[float]
+    enqueue_s: float
+    """Wall time of the enqueueing thread for a pass; on a GPU it may run ahead."""
+    host_cpu_s: float
+    """Processor time of that thread for a pass."""
+
+    @property
+    def median_s(self) -> float:
+        """The median pass."""
+        ordered, middle = sorted(self.passes), len(self.passes) // 2
+        if len(ordered) % 2:
+            return ordered[middle]
+        return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def timed(step: Step, x: Tensor, c: Tensor, passes: int) -> Timing:
+    """Times passes that are enqueued without a break."""
+    device = x.device
+    marks: list[Any] = []
+
+    def mark() -> None:
+        if device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    wait(device)
+    begun, cpu = time.perf_counter(), time.thread_time()
+    mark()
+    chain(step, x, c, passes, mark)
+    enqueue, host = time.perf_counter() - begun, time.thread_time() - cpu
+    wait(device)
+    pairs = list(itertools.pairwise(marks))
+    if device.type == "cuda":
+        spans = [1e-3 * before.elapsed_time(after) for before, after in pairs]
+    else:
+        spans = [after - before for before, after in pairs]
+    return Timing(spans, enqueue / passes, host / passes)
+
+
+class BlockTimes:
+    """Seconds between the ends of neighbouring blocks, seen by hooks that wait for nothing."""
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Registers the hooks."""
+        self._device = device
+        self._marks: list[list[Any]] = [[] for _ in range(len(blocks) + 1)]
+        self._handles = [blocks[0].register_forward_pre_hook(self._marker(0), prepend=True)]
+        for index, block in enumerate(blocks):
+            self._handles.append(block.register_forward_hook(self._marker(index + 1)))
+
+    def _marker(self, index: int) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            if self._device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                self._marks[index].append(event)
+            else:
+                self._marks[index].append(time.perf_counter())
+
+        return mark
+
+    def close(self) -> list[float]:
+        """Takes the hooks off; the median of the passes for each block."""
+        for handle in self._handles:
+            handle.remove()
+        wait(self._device)
+        on_cuda = self._device.type == "cuda"
+        return [
+            statistics.median(
+                1e-3 * begin.elapsed_time(end) if on_cuda else end - begin
+                for begin, end in zip(before, after, strict=True)
+            )
+            for before, after in itertools.pairwise(self._marks)
+        ]
+
+
+class Watch:
+    """The most device memory in use, as the driver sees it, while it is open."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Takes ``device``; on the CPU nothing is watched."""
+        self._device = device
+        self._stop = threading.Event()
+        self._least_free: int | None = None
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            free = torch.cuda.mem_get_info(self._device)[0]
+            known = self._least_free
+            self._least_free = free if known is None else min(known, free)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Samples every two milliseconds."""
+        if self._device.type != "cuda":
+            yield
+            return
+        thread = threading.Thread(target=self._sample, name="bench-watch")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Bytes in use at the peak, of the whole device."""
+        if self._least_free is None:
+            return None
+        return torch.cuda.mem_get_info(self._device)[1] - self._least_free
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """Bytes of device memory in use now, of the whole device."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def link_rate(device: torch.device, paced: float | None, size: int = 1 << 28) -> float:
+    """The measured rate of large page-locked copies to the device, bytes per second."""
+    if device.type != "cuda":
+        if paced is None:
+            raise ValueError("the CPU's link needs a rate in bytes per second, found None")
+        return paced
+    source = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    rates = []
+    for turn in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(8):
+            target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        if turn:
+            rates.append(8 * size / (1e-3 * begin.elapsed_time(end)))
+    return float(statistics.median(rates))
+
+
+def allocator_counts(device: torch.device) -> dict[str, int]:
+    """Allocations so far, and segments that torch asked the driver for."""
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    names = ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries")
+    return {name: int(stats.get(name, 0)) for name in names}

@@ -1,0 +1,213 @@
+"""docs/benchmarks.md and its chart, made from the results of real runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from bench.compare import HOST_DECIDES, overhead_bytes
+from bench.engines import ENGINES
+from bench.plans import PLANS
+from bench.table import account_rows, cell_text, engines_of, losers, ordered
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.results import Results
+
+_HEAD = """# Benchmarks
+
+Made by `python -m bench page` from the runs named below. Efficiency is the physical limit over the
+measured time, in percent. The limit of a pass is the larger of compute alone (the resident model,
+measured) and the bytes beyond the budget over the measured rate of page-locked copies. `ratio` is
+copy over compute: above 1 the link decides. One engine per process, the same blocks, inputs and
+budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
+that are enqueued without a break. `best` is what no policy beats, whatever it keeps and copies
+when: a buffer takes room that residents lack (a linear program with the blocks' bytes and measured
+times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are as large
+and as many as the real models' (unless a width is named), weights random, positions (RoPE) left
+out.
+
+Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
+device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
+linear ones stay on the device.
+
+`over`: ran out of memory under the cap (the budget, what the resident run needs beside its
+weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
+`differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
+`lost`: an engine was faster than dgls_torch. `host`: launches were more than a tenth of the pass,
+so the host limits; the resident run then is as noisy as the rest, and values pass 100.
+"""
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows[1:]]
+
+
+def _machine(results: Results) -> list[str]:
+    facts = results.value["machine"]
+    where = facts.get("gpu", "no GPU: paced blocks, a link held to a rate")
+    lines = [f"{where}; {facts.get('cpu')}, {facts.get('cores')} cores; {facts.get('system')}"]
+    versions = {name: facts.get(name) for name in ("driver", "python", "torch", "dgls_torch")}
+    versions |= facts.get("packages", {})
+    lines.append(", ".join(f"{name} {value}" for name, value in versions.items() if value))
+    lines += [f"`{entry['command']}` ({entry['date']})" for entry in results.value["commands"]]
+    return [line for text in lines for line in (text, "")]
+
+
+def _beds(results: Results) -> list[str]:
+    names, lines = engines_of(results), []
+    bed = None
+    for (key, _, point), cells in ordered(results):
+        value = results.value["beds"][key]
+        if key != bed:
+            bed = key
+            rate, size = value["link_bytes_per_s"] / 1e9, value["weight_bytes"] / 1e9
+            lines += ["", f"### {value['title']}", ""]
+            lines += [f"{size:.2f} GB in {value['blocks']} blocks; link {rate:.1f} GB/s", ""]
+            head = ("budget", "tokens", "ratio", "limit ms", "ours ms", "best", *names)
+            lines += _markdown([head])
+        one = next(iter(cells.values()))
+        limit, ours = results.limit(one), cells.get("dgls")
+        took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
+        texts = [cell_text(results, cells.get(name)) for name in names]
+        marks = [" lost"] * bool(losers(results, cells)) + [" host"] * _is_host_bound(ours)
+        best = f"{100 * limit.seconds / results.optimum_s(cells):.1f}"
+        first = (f"{100 * results.share(one):.0f} %", point, f"{limit.ratio:.2f}")
+        row = (*first, f"{1e3 * limit.seconds:.1f}", took + "".join(marks), best, *texts)
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def _is_host_bound(cell: dict[str, Any] | None) -> bool:
+    """Whether launches decide, by the account."""
+    account = (cell or {}).get("account") or {}
+    return "total" in account and account["launch"] > HOST_DECIDES * account["total"]
+
+
+def _memory(results: Results) -> list[str]:
+    """The most bytes over the budget of each engine, as the driver sees it."""
+    rows: list[tuple[str, ...]] = [
+        ("column", "engine", "most over the budget", "hooks us", "host CPU ms")
+    ]
+    for name in engines_of(results):
+        cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
+        over = [found for c in cells if (found := overhead_bytes(results, c)) is not None]
+        hooks = [c["hooks"]["call_s"] for c in cells if "call_s" in (c.get("hooks") or {})]
+        host = [c["host_cpu_s"] for c in cells]
+        rows.append(
+            (
+                name,
+                ENGINES[name].title,
+                f"{max(over) / 2**20:.0f} MiB" if over else "",
+                f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
+                f"{1e3 * statistics.median(host):.1f}" if host else "",
+            )
+        )
+    return _markdown(rows)
+
+
+def _reasons(results: Results) -> list[str]:
+    reasons: dict[tuple[str, str], int] = {}
+    for cell in results.value["cells"]:
+        if cell["status"] == "failed":
+            place = (cell["engine"], cell.get("reason", "").replace("|", "/"))
+            reasons[place] = reasons.get(place, 0) + 1
+    rows = [(ENGINES[name].title, str(n), why) for (name, why), n in reasons.items()]
+    return _markdown([("engine", "cells", "reason"), *rows]) if rows else ["None failed."]
+
+
+def _skipped(results: Results) -> list[str]:
+    counts: dict[str, int] = {}
+    for cell in results.value["cells"]:
+        if cell["status"] == "skipped":
+            counts[cell["engine"]] = counts.get(cell["engine"], 0) + 1
+    texts = [f"{name} {count}" for name, count in counts.items()]
+    return [f"No time was left for these cells: {', '.join(texts)}."] if texts else []
+
+
+def _plans_left(loaded: list[Results]) -> list[str]:
+    commands = [entry["command"] for results in loaded for entry in results.value["commands"]]
+    words = {word for command in commands for word in command.split()}
+    left = [name for name in PLANS if name not in words and name not in ("ci", "host")]
+    return ["## Not run", "", f"Plans that have not run: {', '.join(left)}."] if left else []
+
+
+def curve(results: Results, engine: str) -> list[tuple[float, float]]:
+    """Ratio and efficiency, the median of the cells within each factor of two."""
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for cell in results.value["cells"]:
+        efficiency = results.efficiency(cell)
+        ratio = results.limit(cell).ratio if efficiency is not None else 0.0
+        if cell["engine"] == engine and efficiency is not None and ratio > 0:
+            bins.setdefault(round(math.log2(ratio)), []).append((ratio, efficiency))
+    return [
+        (statistics.median(r for r, _ in pairs), statistics.median(e for _, e in pairs))
+        for _, pairs in sorted(bins.items())
+    ]
+
+
+def draw(loaded: list[Results], path: Path) -> None:
+    """The first run's efficiency over copy/compute, a line for each engine; SVG, PNG or PDF."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "dgls_torch"
+    figure, axes = pyplot.subplots(figsize=(11, 5.5))
+    first = loaded[0]
+    names = [name for name in engines_of(first) if name != "dgls"]
+    styles = ["-", "--", ":", "-."]
+    for number, name in enumerate(names):
+        points = curve(first, name)
+        if points:
+            color = mpl.colormaps["tab20"](number % 20)
+            style = styles[number % len(styles)]
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=color,
+                marker=".",
+                label=ENGINES[name].title,
+            )
+    points = curve(first, "dgls")
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color="black", linewidth=2.5, label=ENGINES["dgls"].title)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("copy / compute")
+    axes.set_ylabel("efficiency: physical limit / measured")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def text(loaded: list[Results], chart: str) -> str:
+    """The page."""
+    lines = [_HEAD, f"![efficiency over copy/compute]({chart})", ""]
+    for number, results in enumerate(loaded, 1):
+        lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
+        lines += ["", "### Where a pass went", ""]
+        lines += ["Milliseconds, from a profile of a few passes more; `alone` is compute alone,"]
+        lines += ["`sum` the parts together. An engine that was faster has a line of its own.", ""]
+        lines += _markdown(account_rows(results))
+        lines += ["", "### Memory and host", "", *_memory(results)]
+        lines += ["", "### What failed", "", *_reasons(results), "", *_skipped(results), ""]
+    lines += _plans_left(loaded)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write(loaded: list[Results], path: Path) -> None:
+    """Writes the page and, beside it, the chart."""
+    chart: Any = path.with_suffix(".svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(loaded, chart)
+    path.write_text(text(loaded, chart.name), encoding="utf-8")

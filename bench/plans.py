@@ -1,0 +1,95 @@
+"""The named runs: which beds, budgets, ratios and engines, in order of what matters most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bench.cells import Bed
+from bench.engines import ENGINES
+from bench.stacks import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+RATIOS = (4.0, 2.0, 1.0, 0.5, 0.25)
+"""Copy over compute, at a budget of a quarter of the weights."""
+ALL = tuple(name for name in ENGINES if name != "resident")
+MAIN = ("dgls", "ring", "aimdo-linear", "diffusers-block", "cachedit", "mmgp")
+ON_HOST = ("dgls", "ring", "original")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One bed with its budgets, points and engines."""
+
+    bed: Bed
+    shares: tuple[float, ...] = (0.25, 0.5)
+    """Budgets, of the bytes of the weights; above 1 everything fits."""
+    ratios: tuple[float, ...] = RATIOS
+    engines: tuple[str, ...] = ALL
+    only_ours: tuple[float, ...] = ()
+    """More budgets, for dgls_torch alone."""
+    effort: dict[str, Any] = field(default_factory=dict)
+
+
+def _bed(
+    shape: str, dtype: str = "bf16", scale: float = 1.0, eaters: int = 0, depth: float = 1.0
+) -> Bed:
+    return Bed(Workload(shape, dtype, scale, depth), eaters)
+
+
+_CI = Workload("flux", "bf16", 1 / 24, 0.25, text_tokens=2)
+_BRIEF = {"warm": 3, "least": 3, "most": 4, "seconds": 0.3}
+
+PLANS: dict[str, Sequence[Stage]] = {
+    # What fails on this machine? A small model, every engine once.
+    "probe": (
+        Stage(_bed("flux", scale=0.25), (0.5,), (2.0,), ALL, (1.05,), _BRIEF),
+        Stage(_bed("flux", "fp8", scale=0.25), (0.5,), (2.0,), ALL, (), _BRIEF),
+        Stage(_bed("wan", scale=0.25, eaters=1), (0.5,), (2.0,), ("dgls", "ring"), (), _BRIEF),
+    ),
+    # Every engine at every ratio, FLUX.1 at half its width.
+    "half": (
+        Stage(_bed("flux", scale=0.5), (0.25, 0.5), RATIOS, ALL, (0.15, 0.75, 1.05)),
+        Stage(_bed("flux", scale=0.5), (0.15, 0.75), (4.0, 1.0, 0.25), MAIN),
+    ),
+    # The real FLUX.1: every engine where copies and compute take as long, the main ones elsewhere.
+    "core": (
+        Stage(_bed("flux"), (0.25,), (4.0, 1.0), ALL, (0.5, 1.05)),
+        Stage(_bed("flux"), (0.5,), (4.0, 1.0), MAIN),
+        Stage(_bed("flux"), (0.25,), (0.25,), MAIN[:4], (0.15, 0.5, 0.75)),
+        Stage(_bed("flux"), (0.75,), (4.0, 1.0), MAIN[:4], (0.15,)),
+    ),
+    # The other models and fp8, beside the peers that matter most. Where blocks are smaller than
+    # these the host's launches decide, on a fast GPU, and not the device.
+    "wide": tuple(
+        Stage(_bed(shape, dtype, scale), (0.25, 0.5), (4.0, 1.0, 0.25), MAIN, (0.15, 0.75))
+        for shape, dtype, scale in (
+            ("flux", "fp8", 1.0),
+            ("wan", "bf16", 0.5),
+            ("qwen", "bf16", 0.5),
+            ("hunyuan", "bf16", 0.5),
+            ("wan", "fp8", 0.75),
+            ("qwen", "fp8", 0.75),
+            ("hunyuan", "fp8", 0.75),
+        )
+    ),
+    # Slower links: about a half and a quarter of this machine's.
+    "throttled": (
+        Stage(_bed("flux", "bf16", 0.5, 1), (0.25, 0.5), (4.0, 1.0, 0.25), MAIN),
+        Stage(_bed("flux", "bf16", 0.5, 3), (0.25, 0.5), (4.0, 1.0, 0.25), MAIN),
+    ),
+    # Without a GPU: blocks take a set time, the CPU device's link has a set rate.
+    "host": (
+        Stage(
+            Bed(Workload("flux", "bf16", 1 / 12, 0.5, text_tokens=2)),
+            (0.25, 0.5),
+            (4.0, 2.0, 1.0, 0.5),
+            ON_HOST,
+            (0.75, 1.05),
+        ),
+    ),
+    # The same for tests: seconds.
+    "ci": (Stage(Bed(_CI), (0.5,), (2.0,), ON_HOST, (1.05,), _BRIEF),),
+}

@@ -1,0 +1,227 @@
+"""The floors: each one is missed when what it asks for is taken away, and the page shows it.
+
+Goal: `bench compare` passes good results and fails on each thing that can be wrong.
+Method: one good set of results, made by hand, and one change at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import bench_path
+import pytest
+
+bench_path.put_on_path()
+
+from bench import page  # noqa: E402
+from bench.commands import main  # noqa: E402
+from bench.compare import compare, misses, notes  # noqa: E402
+from bench.results import Results  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FLOORS_PATH = bench_path.ROOT / "bench" / "floors.json"
+FLOORS = json.loads(FLOORS_PATH.read_text())
+GIB = 1 << 30
+BED = "flux-bf16"
+
+
+def cell(engine: str, point: str, pass_s: float, share: float = 0.25) -> dict[str, Any]:
+    return {
+        "bed": BED,
+        "engine": engine,
+        "point": point,
+        "budget_bytes": int(share * 20 * GIB),
+        "status": "ok",
+        "exact": True,
+        "capped": True,
+        "pass_s": pass_s,
+        "host_cpu_s": 0.01,
+        "base_bytes": GIB,
+        "peak_bytes": int(min(share, 1) * 20 * GIB) + 3 * GIB,
+        "allocations": {"allocation.all.allocated": 100.0},
+    }
+
+
+def ours(point: str, pass_s: float, share: float = 0.25) -> dict[str, Any]:
+    value = cell("dgls", point, pass_s, share)
+    parts = {"compute": pass_s, "exposed_copy": 0.0, "copy_inline": 0.0, "launch": 0.0}
+    value["account"] = parts | {"device": 0.0, "total": pass_s, "off": 0.001}
+    value["hooks"] = {"call_s": 8e-6}
+    value["driver_calls"] = {"passes": 3, "synchronising": 0, "allocating": 0, "control": 1}
+    value["beside"] = None
+    if share > 1:
+        value["beside"] = {"pass_s": pass_s, "resident_s": pass_s / 1.002}
+    return value
+
+
+def good() -> Results:
+    """20 GiB over a link of 10 GiB/s: 1.5 s at a quarter; compute of 0.5, 1.5 and 4 s."""
+    point = {"base_bytes": GIB, "peak_bytes": 23 * GIB}
+    point["allocations"] = {"allocation.all.allocated": 100.0}
+    points = {
+        key: point | {"point": key, "compute_s": seconds}
+        for key, seconds in (("512", 0.5), ("4096", 1.5), ("16384", 4.0))
+    }
+    bed = {
+        "title": "FLUX.1 bf16",
+        "weight_bytes": 20 * GIB,
+        "blocks": 57,
+        "link_bytes_per_s": 10.0 * GIB,
+        "points": points,
+        "ratios": {"3": "512", "1": "4096", "0.375": "16384"},
+    }
+    cells = [
+        ours("512", 1.55),
+        ours("4096", 1.58),
+        ours("16384", 4.02),
+        ours("512", 0.501, share=1.05),
+        *(cell("ring", key, seconds) for key, seconds in (("512", 1.7), ("4096", 1.8))),
+        cell("aimdo-linear", "512", 2.3),
+        cell("diffusers-block", "512", 2.5),
+        cell("accelerate", "512", 9.0)
+        | {"status": "failed", "reason": "needs accelerate==1.15.0, found none"},
+    ]
+    machine = {"gpu": "a GPU", "cpu": "a CPU", "cores": 16, "system": "Linux", "packages": {}}
+    value = {"format": 1, "machine": machine, "beds": {BED: bed}, "cells": cells}
+    value["commands"] = [{"command": "python -m bench run", "date": "2026-01-01"}]
+    return Results(value)
+
+
+def found_in(results: Results, **floors: Any) -> list[str]:
+    return misses(results, FLOORS | floors)
+
+
+def test_good_results_keep_all_floors() -> None:
+    assert found_in(good()) == []
+
+
+def first(results: Results) -> dict[str, Any]:
+    found: dict[str, Any] = results.value["cells"][0]
+    return found
+
+
+CHANGES: list[tuple[str, Callable[[Results], Any]]] = [
+    ("efficiency 0.938, needs 0.95 (copy)", lambda r: first(r).update(pass_s=1.6)),
+    (
+        "efficiency 0.938, needs 0.95 (copy); no policy reaches more than 0.962",
+        lambda r: first(r).update(pass_s=1.6, optimum_s=1.56),
+    ),
+    ("needs 0.93 (balance)", lambda r: r.value["cells"][1].update(pass_s=1.65)),
+    ("needs 0.97 (compute)", lambda r: r.value["cells"][2].update(pass_s=4.2)),
+    ("is above 1.02", lambda r: r.value["cells"][2].update(pass_s=3.9)),
+    ("differs from the resident", lambda r: first(r).update(exact=False)),
+    ("failed: no room", lambda r: first(r).update(status="failed", reason="no room")),
+    ("of the time of ring", lambda r: r.value["cells"][4].update(pass_s=1.5)),
+    ("faster than aimdo-linear, needs 1.3", lambda r: r.value["cells"][6].update(pass_s=2.01)),
+    ("faster than diffusers-block", lambda r: r.value["cells"][7].update(pass_s=2.01)),
+    (
+        "of the resident run's time where all fits",
+        lambda r: r.value["cells"][3]["beside"].update(resident_s=0.49),
+    ),
+    ("not measured beside", lambda r: r.value["cells"][3].update(beside=None)),
+    ("16.0 us of hooks", lambda r: first(r)["hooks"].update(call_s=16e-6)),
+    ("in hooks was not measured: no", lambda r: first(r).update(hooks={"failed": "no"})),
+    ("2 synchronising driver calls", lambda r: first(r)["driver_calls"].update(synchronising=2)),
+    ("1 allocating driver calls", lambda r: first(r)["driver_calls"].update(allocating=1)),
+    ("sees nothing", lambda r: first(r)["driver_calls"].update(control=0)),
+    (
+        "watched in no cell",
+        lambda r: [c.pop("driver_calls", None) for c in r.value["cells"]],
+    ),
+    (
+        "5 more allocation.all.allocated",
+        lambda r: first(r)["allocations"].update({"allocation.all.allocated": 105.0}),
+    ),
+    (
+        "1024 MiB over the budget",
+        lambda r: first(r).update(peak_bytes=first(r)["peak_bytes"] + GIB),
+    ),
+    ("peak was not measured", lambda r: first(r).update(peak_bytes=None)),
+    ("+3.0 % off", lambda r: first(r)["account"].update(off=0.03)),
+    ("no account of the time", lambda r: first(r).update(account={"failed": "no kernels"})),
+    ("no cell of dgls_torch", lambda r: r.value.update(cells=[])),
+]
+
+
+@pytest.mark.parametrize(("text", "change"), CHANGES, ids=[text for text, _ in CHANGES])
+def test_each_floor_can_be_missed(text: str, change: Callable[[Results], Any]) -> None:
+    results = good()
+    change(results)
+    found = found_in(results)
+    assert any(text in miss for miss in found), found
+
+
+def test_a_peer_over_the_budget_or_wrong_is_no_rival() -> None:
+    for wrong in ({"capped": False}, {"exact": False}):
+        results = good()
+        results.value["cells"][4].update(pass_s=1.0, **wrong)
+        assert found_in(results) == []
+
+
+def test_what_no_policy_could_do_is_a_note() -> None:
+    results = good()
+    assert notes(results, FLOORS) == []
+    results.value["cells"][6].update(pass_s=1.7)  # 1.3 times faster would be beyond the limit
+    assert found_in(results) == []
+    (note,) = notes(results, FLOORS)
+    assert "1.10 times faster than aimdo-linear; no policy could be more than 1.11" in note
+
+
+def test_a_floor_above_the_optimum_of_all_policies_is_void() -> None:
+    results = good()
+    results.value["cells"][1].update(pass_s=1.65, optimum_s=1.63)
+    assert found_in(results) == []
+    (note,) = notes(results, FLOORS)
+    assert "efficiency 0.909; no policy reaches more than 0.920, so 0.93 is void" in note
+    # but it has to be near to that optimum
+    results.value["cells"][1].update(pass_s=1.7)
+    assert any("needs 0.93" in miss for miss in found_in(results))
+
+
+def test_the_exit_status_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    results = good()
+    results.save(path)
+    assert main(["compare", str(path)]) == 0
+    first(results)["pass_s"] = 3.0
+    results.save(path)
+    assert main(["compare", str(path)]) == 1
+    assert "efficiency 0.500" in capsys.readouterr().out
+    assert compare([good(), results], FLOORS_PATH) == 1
+
+
+def test_results_of_another_format_are_refused() -> None:
+    with pytest.raises(ValueError, match="need format 1, found 2"):
+        Results({"format": 2})
+
+
+def test_the_page_shows_everything(tmp_path: Path) -> None:
+    results = good()
+    results.value["cells"][4]["pass_s"] = 1.5
+    target = tmp_path / "benchmarks.md"
+    page.write([results], target)
+    text = target.read_text()
+    for wanted in (
+        "a GPU; a CPU, 16 cores",
+        "`python -m bench run` (2026-01-01)",
+        "| 25 % | 512 | 3.00 | 1500.0 | 1550.0 lost | 97.7 | 96.8 | 100.0 | 65.2 | 60.0 | failed |",
+        "| 25 % | 16384 | 0.38 | 4000.0 | 4020.0 | 100.0 | 99.5 |",
+        "| accelerate cpu_offload | 1 | needs accelerate==1.15.0, found none |",
+        "![efficiency over copy/compute](benchmarks.svg)",
+    ):
+        assert wanted in text, wanted
+    # the line of the account of the engine that was faster needs its account
+    assert "ring" in text
+    assert "<svg" in (tmp_path / "benchmarks.svg").read_text()
+
+
+def test_the_curve_is_the_median_of_neighbours() -> None:
+    assert page.curve(good(), "dgls") == [
+        (0.375, pytest.approx(4.0 / 4.02)),
+        (1.0, pytest.approx(1.5 / 1.58)),
+        (3.0, pytest.approx(1.5 / 1.55)),
+    ]

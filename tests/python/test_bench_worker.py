@@ -1,0 +1,141 @@
+"""What one process does with engines that fail: nothing measured is lost, nothing is hidden.
+
+Goal: out of memory is tried once more without the cap; every other failure names its reason and
+costs its own budget only; time that is up leaves cells that say so.
+Method: the worker in this process, with engines made for the purpose.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import bench_path
+import torch
+
+bench_path.put_on_path()
+
+from bench import measure, weights  # noqa: E402
+from bench.cells import Bed, Point  # noqa: E402
+from bench.engines import Attached, Engine, Setup  # noqa: E402
+from bench.measure import Effort  # noqa: E402
+from bench.stacks import Workload  # noqa: E402
+from bench.worker import Job, Worker  # noqa: E402
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+CPU = torch.device("cpu")
+BED = Bed(Workload("flux", scale=1 / 40, depth=0.1, text_tokens=2))
+POINTS = (Point(3), Point(4))
+
+
+class Odd(Engine):
+    """Resident, but for what goes wrong."""
+
+    errors: list[Exception | None]
+    """Of each attachment in turn; None for none."""
+    open_now: int
+
+    def attach(self, setup: Setup) -> Attached:
+        error = self.errors.pop(0) if self.errors else None
+        object.__setattr__(self, "open_now", self.open_now + 1)
+
+        def step(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            if error is not None:
+                raise error
+            out: torch.Tensor = setup.stack(x, c)
+            return out
+
+        def close() -> None:
+            object.__setattr__(self, "open_now", self.open_now - 1)
+
+        return Attached(step, close)
+
+
+def rows(folder: Path, errors: list[Exception | None], seconds: float = 60) -> list[dict[str, Any]]:
+    """The rows of a job of two budgets with two points each."""
+    engine = Odd("odd", "none")
+    object.__setattr__(engine, "errors", errors)
+    object.__setattr__(engine, "open_now", 0)
+    stack = weights.load(BED.workload, weights.make(BED.workload, folder, CPU))
+    references = {}
+    for point in POINTS:
+        x, c = BED.workload.inputs(point.tokens, CPU)
+        references[point.key] = {"hash": measure.digest(stack, x, c), "workspace_bytes": 0}
+    job = Job(
+        engine="odd",
+        bed=BED,
+        folder=folder,
+        device=CPU,
+        link_bytes_per_s=None,
+        measured_link=None,
+        effort=Effort(warm=1, least=1, most=1, seconds=0.0),
+        cells=[(budget, point) for budget in (10, 20) for point in POINTS],
+        references=references,
+        deadline=time.time() + seconds,
+        ratios=[],
+        points=[],
+        deep=False,
+    )
+    out = io.StringIO()
+    Worker(job, engine, out).run()
+    assert engine.open_now == 0  # whatever happened, the engine was closed
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def outcome(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (row["budget_bytes"], row["point"], row["status"], row.get("capped"), row.get("exact"))
+
+
+def test_all_cells_are_measured(tmp_path: Path) -> None:
+    assert [outcome(row) for row in rows(tmp_path, [])] == [
+        (budget, point, "ok", True, True) for budget in (10, 20) for point in ("3", "4")
+    ]
+
+
+def test_out_of_memory_is_tried_again_without_the_cap(tmp_path: Path) -> None:
+    found = rows(tmp_path, [torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")])
+    assert [outcome(row)[:4] for row in found] == [
+        (10, "3", "ok", False),
+        (10, "4", "ok", False),
+        (20, "3", "ok", True),
+        (20, "4", "ok", True),
+    ]
+
+
+def test_out_of_memory_without_the_cap_is_a_failure(tmp_path: Path) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried 1 GiB")
+    found = rows(tmp_path, [error, error])
+    assert [outcome(row)[2] for row in found] == ["failed", "failed", "ok", "ok"]
+    assert "out of memory" in found[0]["reason"]
+
+
+def test_a_failure_names_its_reason_and_costs_its_budget_only(tmp_path: Path) -> None:
+    found = rows(tmp_path, [ValueError("no room\nfor anything")])
+    assert [outcome(row)[2] for row in found] == ["failed", "failed", "ok", "ok"]
+    assert found[0]["reason"] == "ValueError: no room"
+
+
+def test_time_that_is_up_leaves_cells_that_say_so(tmp_path: Path) -> None:
+    found = rows(tmp_path, [], seconds=-1)
+    assert {(row["status"], row["reason"]) for row in found} == {("skipped", "no time was left")}
+    assert len(found) == 4
+
+
+def test_wrong_output_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = measure.digest
+    seen: list[str] = []
+
+    def digest(*arguments: Any) -> str:
+        seen.append(real(*arguments))
+        # the references, then the first and the last hash of each cell: the last of the first cell
+        return "another" if len(seen) == len(POINTS) + 2 else seen[-1]
+
+    monkeypatch.setattr(measure, "digest", digest)
+    found = rows(tmp_path, [])
+    assert [outcome(row)[4] for row in found] == [False, True, True, True]
