@@ -20,7 +20,7 @@ ALSO = {"server.py": ["execution.py"]}
 # What the fake has for its own use.
 OWN = {
     *("files", "names", "free_bytes", "calculate_weight", "_set_param", "_Field", "_kind"),
-    *("cast_bias_weight", "annotations", "PromptServer.instance"),
+    *("cast_bias_weight", "annotations", "PromptServer.instance", "asked_to_unpin"),
 }
 # Networks of ComfyUI that no sampler of pictures runs block by block.
 OTHERS = {"RTv4", "SAM3Model", "DepthAnything3Net", "MoGeModelV1", "MoGeModelV2"}

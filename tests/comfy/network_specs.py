@@ -1,7 +1,7 @@
 """Tiny networks of the classes that no tiny model file stands for: how built, and how called.
 
-``net`` is the class below comfy.ldm, ``build`` its arguments, ``call`` makes those of forward out of
-seeded random numbers; ``idle`` names containers that such a call does not run, and why.
+``net`` is the class below comfy.ldm, ``build`` its arguments, ``call`` makes those of forward out
+of seeded random numbers; ``idle`` names containers that such a call does not run, and why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "CameraWanModel": {
         "net": "wan.model.CameraWanModel",
         "build": {**_WAN, "in_dim_control_adapter": 8},
-        "call": lambda r: _wan(r, camera_conditions=r(1, 512, 2, 8, 8)),
+        "call": lambda r: _wan(r, camera_conditions=r(1, 8, 2, 64, 64)),
     },
     "HumoWanModel": {
         "net": "wan.model.HumoWanModel",
@@ -157,7 +157,7 @@ SPECS: dict[str, dict[str, Any]] = {
         "build": {
             **{"num_layers": 4, "inner_dim": 256, "attention_head_dim": 64},
             **{"num_attention_heads": 4, "speaker_embedding_dim": 32, "text_embedding_dim": 64},
-            **{"lyric_hidden_size": 64, "lyric_encoder_vocab_size": 50, "mlp_ratio": 2.0},
+            **{"lyric_hidden_size": 1024, "lyric_encoder_vocab_size": 50, "mlp_ratio": 2.0},
             **{"ssl_encoder_depths": [1], "ssl_names": ["mert"], "ssl_latent_dims": [64]},
         },
         "call": lambda r: {
@@ -244,6 +244,6 @@ SPECS: dict[str, dict[str, Any]] = {
             **{"caption_channels": 64, "model_max_length": 8, "mlp_ratio": 2.0},
             "micro_condition": False,
         },
-        "call": lambda r: {"x": r(1, 4, 16, 16), "timesteps": _T * 500, "context": r(1, 8, 64)},
+        "call": lambda r: {"x": r(1, 4, 48, 48), "timesteps": _T * 500, "context": r(1, 8, 64)},
     },
 }

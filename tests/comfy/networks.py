@@ -1,7 +1,7 @@
 """Every network class of comfy/ldm by itself: streamed, its forward gives the same bits as plain.
 
-``networks.py COMFYUI_DIR RESULTS.json [CLASS ...]``, run by ComfyUI's own Python. Tiny networks with
-seeded weights are loaded by ComfyUI's model management and called with seeded arguments. Each
+``networks.py COMFYUI_DIR RESULTS.json [CLASS ...]``, run by ComfyUI's own Python. Tiny networks
+with seeded weights are loaded by ComfyUI's model management and called with seeded arguments. Each
 container of the table of blocks has to have run a streamed block.
 """
 
@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,17 @@ def patcher(net: Any) -> Any:
 
 
 def run(model: Any, call: Any) -> list[Any]:
-    """Two forwards with the same arguments, as a sampler would run them."""
+    """Two forwards with the same arguments, as a sampler would run them; or one of each."""
     import comfy.model_management as mm
     import torch
 
+    getattr(model.model.diffusion_model, "clear_kv_cache", lambda: None)()
     with torch.inference_mode():
         mm.load_models_gpu([model])
         model.pre_run()
         try:
-            return [leaf for _ in range(2) for leaf in tensors(forward(model, call))]
+            calls = call if isinstance(call, tuple) else (call, call)
+            return [leaf for one in calls for leaf in tensors(forward(model, one))]
         finally:
             model.cleanup()
 
@@ -107,6 +110,26 @@ def tensors(value: Any) -> list[Any]:
     return [leaf for v in values for leaf in tensors(v)] if values is not None else []
 
 
+def watched(net: Any) -> set[str]:
+    """The names of the blocks that ran with weights that are not their masters, from now on."""
+    from dgls_torch.comfy.containers import network_blocks
+
+    seen: set[str] = set()
+
+    def watch(name: str, block: Any) -> None:
+        masters = {n: p.data_ptr() for n, p in block.named_parameters()}
+
+        def look(module: Any, *_: Any) -> None:
+            if any(p.data_ptr() != masters[n] for n, p in module.named_parameters()):
+                seen.add(name)
+
+        block.register_forward_pre_hook(look)
+
+    for name, block in network_blocks(net):
+        watch(name, block)
+    return seen
+
+
 def checked(spec: dict[str, Any]) -> str:
     """Yes, or what is wrong."""
     import torch
@@ -123,7 +146,7 @@ def checked(spec: dict[str, Any]) -> str:
     if not all(torch.isfinite(t).all() for t in expected) or not any(t.any() for t in expected):
         return "failed: the plain result is nothing to compare with"
     sizes = sizes_of(model.model, Settings())
-    seen: set[str] = set()
+    seen = watched(model.model.diffusion_model)
     for share in SHARES:
         vram = max(sizes.least_bytes, int(share * sizes.total_bytes))
         stream = stream_model(model, Settings(vram_bytes=vram))
@@ -132,7 +155,6 @@ def checked(spec: dict[str, Any]) -> str:
         if latest is None:
             return f"failed: not streamed: {Residency.of(model.model).passed_by}"
         report = latest.report()
-        seen |= {use.block for use in report.timeline}
         if len(found) != len(expected) or not all(map(torch.equal, expected, found)):
             return f"failed: differs at {share:.0%}"
         if report.plan.streamed_bytes == 0 and vram < sizes.total_bytes:
@@ -152,20 +174,22 @@ def checked(spec: dict[str, Any]) -> str:
 def main() -> None:
     comfyui, results, *names = sys.argv[1:]
     prepare(comfyui)
+    from more_network_specs import SPECS as MORE
     from network_specs import SPECS
     from specs import SPECS as SERVED
 
     done = {spec["net"].rpartition(".")[2] for spec in SERVED.values()}
     found: dict[str, str] = {}
-    for name, spec in SPECS.items():
+    for name, spec in (SPECS | MORE).items():
         if names and name not in names:
             continue
         assert name not in done, f"{name} is checked over HTTP already"
+        began = time.monotonic()
         try:
             found[name] = checked(spec)
         except Exception:
             found[name] = "failed: " + "".join(traceback.format_exc().splitlines(True)[-7:])
-        print(f"network {name}: {found[name]}", flush=True)
+        print(f"network {name}: {found[name]} ({time.monotonic() - began:.0f} s)", flush=True)
     Path(results).write_text(json.dumps(found, indent=1))
 
 

@@ -14,6 +14,7 @@ from workflows import lora, node, original, reported, sampled, stream, tail
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from server import Server
 
 _MIB = 1 << 20
@@ -31,6 +32,9 @@ class Scenarios:
     def same(self, workflow: dict[str, Any]) -> None:
         found = compared(self.plain, latent(self.server, workflow))
         assert found == "yes", found
+
+    def latent(self, workflow: dict[str, Any]) -> torch.Tensor:
+        return latent(self.server, workflow)
 
     def interrupt(self) -> None:
         prompt = self.server.queue(sampled(self.wan, self.half, steps=400))
@@ -217,14 +221,19 @@ class Scenarios:
 STORIES = [
     *("interrupt", "free", "high_and_low", "one_file_twice", "lora_strength", "fits"),
     *("original_nodes", "saved_workflow", "cleanup", "casts", "mistakes"),
+    *("torch_compile", "weight_hooks", "gguf", "multigpu", "model_patches"),
 ]
 
 
-def run_scenarios(server: Server, entries: dict[str, Any]) -> dict[str, str]:
+def run_scenarios(
+    server: Server, entries: dict[str, Any], names: list[str] | None = None
+) -> dict[str, str]:
     """Every story, one after the other in one server: what one leaves behind the next finds."""
-    scenarios = Scenarios(server, entries)
+    from others import Others
+
+    scenarios = Others(server, entries)
     results: dict[str, str] = {}
-    for name in STORIES:
+    for name in names or STORIES:
         story: Callable[[], None] = getattr(scenarios, name)
         shown = name.replace("_", " ")
         try:

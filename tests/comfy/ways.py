@@ -47,8 +47,8 @@ WAYS = [
     Way("Weights fp8, cast at use", weight_dtype="fp8_e4m3fn", number_bytes=1.2),
     Way("ComfyUI with --fast", ("--fast",), some=_FEW),
     Way(
-        "ComfyUI with --disable-smart-memory --cache-none --enable-dynamic-vram",
-        ("--disable-smart-memory", "--cache-none", "--enable-dynamic-vram"),
+        "ComfyUI with --disable-smart-memory --cache-none",
+        ("--disable-smart-memory", "--cache-none"),
         some=_FEW,
     ),
 ]

@@ -9,6 +9,7 @@ import torch
 
 import dgls_torch
 from dgls_torch.comfy.containers import network_blocks
+from dgls_torch.comfy.pins import Pins
 from dgls_torch.comfy.sizes import measure
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Residency:
         streams: Whether the last loading left the blocks to the engine.
         passed_by: Why the last loading did without a stream; ``None`` when it did not.
         latest: The last stream, for its report; it may be detached.
+        pins: What of it ComfyUI counts as page-locked.
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Residency:
         self.streams = False
         self.passed_by: str | None = "the model was not sampled yet"
         self.latest: dgls_torch.Stream | None = None
+        self.pins = Pins()
         self._names: tuple[str, ...] = ()
 
     @staticmethod
@@ -102,6 +105,7 @@ class Residency:
         elif self._is_worth_it(stream.plan, vram_bytes):
             stream.replan(vram_bytes)
         self.latest, self.passed_by = stream, None
+        self.pins.tell(stream)
 
     @staticmethod
     def _is_worth_it(plan: Plan, vram_bytes: int) -> bool:
@@ -128,6 +132,7 @@ class Residency:
         """Takes the hooks off; what is on the device stays there."""
         if self.stream is not None:
             self.stream.suspend()
+            self.pins.tell(self.stream)
 
     def shrink(self, wanted_bytes: int) -> int:
         """Gives device memory back and says how much: part of the arena, or all of it."""
@@ -140,6 +145,7 @@ class Residency:
         target = min(target, used - wanted_bytes)
         if target >= stream.plan.least_vram_bytes:
             stream.replan(target)
+            self.pins.tell(stream)
         else:
             self.release()
         return held - self.arena_bytes
@@ -150,7 +156,10 @@ class Residency:
         if stream is None:
             return 0
         held = stream.plan.arena_bytes
-        stream.detach()
+        try:
+            stream.detach()
+        finally:
+            self.pins.tell(None)
         return held
 
 
