@@ -33,7 +33,7 @@ class Check:
         self.comfyui, self.python = options.comfyui.resolve(), options.python
         self.work, self.jobs = options.work.resolve(), options.jobs
         self.rounds = options.rounds
-        self.device = "cuda" if options.gpu else "cpu"
+        self.device = "cpu"
         self.entries = steps.tiny_models(self.comfyui, self.python, self.work)
         self.names = options.models.split(",") if options.models else list(self.entries)
         self.results: dict[str, Found] = {}
@@ -97,7 +97,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="servers side by side")
     parser.add_argument("--only", help=f"of {', '.join(steps.PARTS)}, with commas between")
     parser.add_argument("--stories", help="names of scenarios; all if not given")
-    parser.add_argument("--gpu", action="store_true", help="servers on the GPU; see gpu.py")
     parser.add_argument("--report", type=Path)
     return parser.parse_args()
 

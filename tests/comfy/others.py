@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exactness import compared
 from scenarios import Scenarios
-from workflows import lora, node, reported, sampled, stream
+from workflows import lora, node, reported, sampled
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class Others(Scenarios):
         """ComfyUI's own node, before and after: compiled, not streamed."""
         sd3 = self.entries["sd3"]
         compiled = node("TorchCompileModel", backend="inductor")
-        half = stream(sd3["numbers"] * 2)
+        half = self.share(sd3, 0.5)
         expected = self.latent(sampled(sd3, compiled))
         for chain in ([compiled, half], [half, compiled]):
             self.passed(reported(sampled(sd3, *chain)), expected, "torch.compile")
@@ -99,7 +99,7 @@ class Others(Scenarios):
         ):
             patch = node(name, **inputs)
             entry = self.entries["sd15"] if name == "PerturbedAttentionGuidance" else self.wan
-            half = stream(entry["numbers"] * 4 * 0.6)
+            half = self.share(entry, 0.6)
             expected = self.latent(sampled(entry, patch, steps=4))
             for chain in ([patch, half], [half, patch]):
                 self.streams(reported(sampled(entry, *chain, steps=4)), expected)

@@ -23,11 +23,15 @@ _MIB = 1 << 20
 class Scenarios:
     """Each method is one story; it returns yes, or raises AssertionError."""
 
-    def __init__(self, server: Server, entries: dict[str, Any]) -> None:
-        self.server, self.entries = server, entries
+    def __init__(self, server: Server, entries: dict[str, Any], number_bytes: int = 4) -> None:
+        self.server, self.entries, self.number_bytes = server, entries, number_bytes
         self.wan, self.fp8 = entries["wan21_t2v"], entries["wan21_t2v_fp8"]
-        self.half = stream(f"{self.wan['numbers'] * 4 * 0.55:.0f}")
+        self.half = self.share(self.wan, 0.55)
         self.plain = latent(server, sampled(self.wan))
+
+    def share(self, entry: dict[str, Any], share: float) -> dict[str, Any]:
+        """A streaming node with so much of a model's weights."""
+        return stream(f"{entry['numbers'] * self.number_bytes * share:.0f}")
 
     def same(self, workflow: dict[str, Any]) -> None:
         found = compared(self.plain, latent(self.server, workflow))
@@ -37,8 +41,8 @@ class Scenarios:
         return latent(self.server, workflow)
 
     def interrupt(self) -> None:
-        prompt = self.server.queue(sampled(self.wan, self.half, steps=400))
-        time.sleep(6)
+        prompt = self.server.queue(sampled(self.wan, self.half, steps=10000))
+        time.sleep(4)
         self.server.interrupt()
         history = self.server.wait(prompt)
         names = [m[0] for m in history["status"]["messages"]]
@@ -56,10 +60,10 @@ class Scenarios:
     def high_and_low(self) -> None:
         """Two models in one workflow, one after the other on the same latent, as WAN 2.2."""
 
-        def workflow(*chain: dict[str, Any]) -> dict[str, Any]:
-            made = sampled(self.wan, *chain)
-            other = sampled(self.fp8, *chain)
-            for name in ("loader", *(f"chain{n}" for n in range(len(chain)))):
+        def workflow(high: list[dict[str, Any]], low: list[dict[str, Any]]) -> dict[str, Any]:
+            made = sampled(self.wan, *high)
+            other = sampled(self.fp8, *low)
+            for name in ("loader", *(f"chain{n}" for n in range(len(low)))):
                 part = other[name]
                 inputs = part["inputs"]
                 if "model" in inputs:
@@ -67,17 +71,24 @@ class Scenarios:
                 made[f"low_{name}"] = part
             first = made["sample"]["inputs"]
             second = {**first, "latent_image": ["sample", 0], "denoise": 0.6}
-            second["model"] = [f"low_{first['model'][0]}", 0]
+            second["model"] = ["low_" + other["sample"]["inputs"]["model"][0], 0]
             made["sample2"] = {"class_type": "KSampler", "inputs": second}
             made["save"]["inputs"]["samples"] = ["sample2", 0]
+            for name, sampler in (("report", first), ("report2", second)):
+                made[name] = node("DGLSReport", model=sampler["model"], after=["sample2", 0])
             return made
 
-        expected = latent(self.server, workflow())
-        small = stream(f"{self.fp8['bytes'] * 0.8:.0f}")
-        small["inputs"]["vram"] = str(int(self.fp8["bytes"] * 1.1))
+        plain = workflow([], [])
+        expected = latent(self.server, plain)
+        low = stream(int(self.fp8["bytes"] * 0.8))
         for _ in range(2):
-            found = compared(expected, latent(self.server, workflow(self.half)))
+            outputs = self.server.run(workflow([self.half], [low]))
+            found = compared(expected, outputs["save"])
             assert found == "yes", found
+            for name in ("report", "report2"):
+                data = json.loads(outputs[name]["dgls_report"][0])
+                assert data["reason"] is None, data["reason"]
+                assert data["uses"] > 0
 
     def one_file_twice(self) -> None:
         """Streamed and plain branches of one loader in one workflow, in both orders."""
@@ -226,12 +237,15 @@ STORIES = [
 
 
 def run_scenarios(
-    server: Server, entries: dict[str, Any], names: list[str] | None = None
+    server: Server,
+    entries: dict[str, Any],
+    names: list[str] | None = None,
+    number_bytes: int = 4,
 ) -> dict[str, str]:
     """Every story, one after the other in one server: what one leaves behind the next finds."""
     from others import Others
 
-    scenarios = Others(server, entries)
+    scenarios = Others(server, entries, number_bytes)
     results: dict[str, str] = {}
     for name in names or STORIES:
         story: Callable[[], None] = getattr(scenarios, name)

@@ -140,6 +140,17 @@ class TestPartly(_Through):
         return io.NodeOutput(made)
 
 
+class TestWhole(_Through):
+    """The reference for LoRA maths that is baked in: ComfyUI's loader without dynamic VRAM."""
+
+    NODE_ID = "DGLSTestWhole"
+
+    @classmethod
+    def execute(cls, model):
+        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        return io.NodeOutput(made)
+
+
 class GGUFModelPatcher(ModelPatcher):
     """In the shape of the GGUF pack's: it bakes nothing, and moves nothing of its own accord.
 
@@ -190,7 +201,10 @@ class TestExtension(ComfyExtension):
     """The nodes above."""
 
     async def get_node_list(self):
-        return [TestConditioning, TestLatent, TestPartly, TestForeign, TestDeepClone]
+        return [
+            *(TestConditioning, TestLatent, TestPartly, TestWhole, TestForeign),
+            TestDeepClone,
+        ]
 
 
 async def comfy_entrypoint():
