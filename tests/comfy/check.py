@@ -29,11 +29,13 @@ Found = dict[str, str]
 class Check:
     """One run of the check: where things are, and what was found so far."""
 
+    always: tuple[str, ...]
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.comfyui, self.python = options.comfyui.resolve(), options.python
         self.work, self.jobs = options.work.resolve(), options.jobs
         self.rounds = options.rounds
-        self.device = "cpu"
+        self.device, self.always = "cpu", ()
         self.entries = steps.tiny_models(self.comfyui, self.python, self.work)
         self.names = options.models.split(",") if options.models else list(self.entries)
         self.results: dict[str, Found] = {}
@@ -47,7 +49,7 @@ class Check:
             packs,
             comfyui=self.comfyui,
             python=self.python,
-            arguments=(*EXACT[self.device], *arguments),
+            arguments=(*EXACT[self.device], *self.always, *arguments),
             environment=threads,
         )
 

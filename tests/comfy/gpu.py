@@ -8,6 +8,7 @@ ComfyUI decides by free memory whether it batches both halves.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -53,6 +54,11 @@ def main() -> int:
     options.models, options.jobs = options.models or ",".join(MODELS), 1
     check = cpu.Check(options)
     check.device, check.rounds = "cuda", 1
+    if importlib.util.find_spec("comfyui_frontend_package") is None:  # it takes much to carry
+        front = check.work / "front"
+        front.mkdir(parents=True, exist_ok=True)
+        (front / "index.html").touch()
+        check.always = ("--front-end-root", str(front))
     for entry in check.entries.values():
         entry["sampler"]["cfg"] = 1.0
     parts = options.only.split(",") if options.only else ["models", "scenarios", "flags"]

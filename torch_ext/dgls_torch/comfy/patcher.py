@@ -307,7 +307,7 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         ComfyUI loads the file by what the loader left it, which on NVIDIA gives weights that only
         its dynamic patcher can serve.
         """
-        init = self.cached_patcher_init
+        init: Any = getattr(self, "cached_patcher_init", None)
         if init is not None:
             load = functools.partial(init[0], disable_dynamic=True)
             self.cached_patcher_init = (load, *init[1:])

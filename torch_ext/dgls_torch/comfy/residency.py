@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dgls_torch")
 _ATTRIBUTE = "dgls_residency"
+#: A change of budget by less than this part of a model is not worth another plan.
+_STEPS = 16
 
 
 class Residency:
@@ -111,11 +113,11 @@ class Residency:
     def _is_worth_it(plan: Plan, vram_bytes: int) -> bool:
         """Whether another budget is so different that fetching the residents again pays off.
 
-        Larger, it has to be a sixteenth of the model. Smaller, it is a LoRA that came: what
+        Larger, it has to be a step of the model. Smaller, it is a LoRA that came: what
         ComfyUI itself needs back it takes by `shrink`.
         """
         more, total = vram_bytes - plan.vram_bytes, plan.outside_bytes + plan.block_bytes
-        return -more > total // 64 or (plan.streamed_bytes > 0 and more > max(1, total // 16))
+        return -more > total // 64 or (plan.streamed_bytes > 0 and more > max(1, total // _STEPS))
 
     def resume(self) -> None:
         """Puts the hooks on for one sampling run; without them it is right too, only slow."""
@@ -139,12 +141,12 @@ class Residency:
         stream = self.stream
         if stream is None:
             return 0
-        held = self.arena_bytes
-        target = stream.plan.vram_bytes - wanted_bytes
-        used = stream.plan.outside_bytes + held
-        target = min(target, used - wanted_bytes)
-        if target >= stream.plan.least_vram_bytes:
-            stream.replan(target)
+        held, plan = self.arena_bytes, stream.plan
+        used = min(plan.vram_bytes, plan.outside_bytes + held)
+        least, step = plan.least_vram_bytes, (plan.outside_bytes + plan.block_bytes) // _STEPS
+        if used - wanted_bytes >= least:
+            # Another plan costs the same however little it gives; ComfyUI may ask again at once.
+            stream.replan(max(least, used - max(wanted_bytes, step)))
             self.pins.tell(stream)
         else:
             self.release()
