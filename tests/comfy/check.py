@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import steps
 from exactness import Exactness, Latents, golden
+from markdown import as_markdown, state_of_the_code
 from server import EXACT, Server
 from ways import WAYS, Way
 
@@ -104,7 +105,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    options, began = parsed(), time.monotonic()
+    options, began, commit = parsed(), time.monotonic(), state_of_the_code()
     check = Check(options)
     parts = options.only.split(",") if options.only else list(steps.PARTS)
     if "contract" in parts:
@@ -128,10 +129,8 @@ def main() -> int:
     print(f"{checks} checks, {len(wrong)} wrong", *wrong.items(), sep="\n")
     (check.work / "results.json").write_text(json.dumps(check.results, indent=1))
     if options.report:
-        from markdown import as_markdown
-
         minutes = (time.monotonic() - began) / 60
-        page = as_markdown(check.results, check.comfyui, check.python, minutes)
+        page = as_markdown(check.results, check.comfyui, check.python, commit, minutes)
         options.report.write_text(page)
     return 1 if wrong else 0
 

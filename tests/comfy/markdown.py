@@ -19,7 +19,7 @@ HEAD = """# The nodes in a real ComfyUI
 fetched no model: tiny files with seeded weights stand for the architectures. Each latent of a
 streamed model was compared, bit for bit, with that of a server that never had the pack: plain for
 the budgets (shares of all weights, or the least that works), with LoRA maths at the same place for
-the LoRAs. On a GPU nothing of this ran; `tests/comfy/gpu.py` is for that.
+the LoRAs. All of it ran on a CPU; `tests/comfy/gpu.py` does the same on a GPU.
 
 """
 ABOUT = {
@@ -35,16 +35,19 @@ ABOUT = {
 }
 
 
-def as_markdown(results: dict[str, dict[str, str]], comfyui: Path, python: str, took: float) -> str:
+def as_markdown(
+    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+) -> str:
     """The page: versions, one table for each way of storing weights, then the other parts.
 
     Args:
         results: What was checked, by part or by way, server and model.
         comfyui: The checkout.
         python: The Python that ComfyUI ran with.
+        commit: What was checked; see `state_of_the_code`.
         took: Minutes.
     """
-    lines = [_facts(results, comfyui, python, took)]
+    lines = [_facts(results, comfyui, python, commit, took)]
     tables: Tables = defaultdict(dict)
     for where, found in results.items():
         if where not in ABOUT:
@@ -69,20 +72,26 @@ def _table(rows: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
-def _facts(results: dict[str, dict[str, str]], comfyui: Path, python: str, took: float) -> str:
+def _facts(
+    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+) -> str:
     version = re.search(r'"([^"]+)"', (comfyui / "comfyui_version.py").read_text())
     code = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
     torch, number = _said(python, "-c", code).split()
     checks = [v for found in results.values() for k, v in found.items() if k not in TOLD]
     held = sum(value == "yes" for value in checks)
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
-    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
-    state = f"commit {commit}" + (" with changes" if changed else "")
     return (
         f"ComfyUI {version[1] if version else '?'}, torch {torch}, Python {number}, "
-        f"{platform.system()}, CPU, {datetime.date.today()}, {state}. {held} of {len(checks)} "
-        f"checks held, in {took:.0f} minutes."
+        f"{platform.system()}, CPU, {datetime.date.today()}, commit {commit}. {held} of "
+        f"{len(checks)} checks held, in {took:.0f} minutes."
     )
+
+
+def state_of_the_code() -> str:
+    """The commit, and whether files differ from it."""
+    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
+    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
+    return commit + (" with changes" if changed else "")
 
 
 def _said(*command: str) -> str:
