@@ -70,9 +70,9 @@ const top = Math.min(...nodes.map((n) => n.pos[1]));
 const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0]));
 const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]));
 const scale = Math.min(window.innerWidth / (right - left + 220),
-  window.innerHeight / (bottom - top + 220));
+  window.innerHeight / (bottom - top + 320));
 app.canvas.ds.scale = scale;
-app.canvas.ds.offset = [-left + 110, -top + 110];
+app.canvas.ds.offset = [-left + 110, -top + 180];
 app.canvas.setDirty(true, true);
 """
 

@@ -156,7 +156,8 @@ def test_small_requests_in_a_row_make_one_plan() -> None:
     """ComfyUI asks for what it lacks, again and again; each other plan locks and fetches anew."""
     stream = streamed(patcher(), 0.9)
     sample(stream)
-    plan, held = residency(stream).stream.plan, residency(stream).arena_bytes  # type: ignore[union-attr]
+    plan: Any = residency(stream).stream.plan  # type: ignore[union-attr]
+    held = residency(stream).arena_bytes
     total = plan.outside_bytes + plan.block_bytes
     freed = stream.partially_unload(CPU, 1000)
     assert total // 16 <= freed < held

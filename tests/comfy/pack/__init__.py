@@ -182,7 +182,7 @@ class TestForeign(_Through):
 
     @classmethod
     def execute(cls, model):
-        made = model.clone()
+        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
         made.__class__ = GGUFModelPatcher
         return io.NodeOutput(made)
 
