@@ -54,6 +54,12 @@ class Check:
             environment=threads,
         )
 
+    def contract(self) -> Found:
+        return steps.contract(self.comfyui, self.python)
+
+    def networks(self) -> Found:
+        return steps.networks(self.comfyui, self.python, self.work)
+
     def models(self, ways: list[Way]) -> None:
         """Every model in every way: first what ComfyUI makes by itself, then with the pack."""
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -108,13 +114,13 @@ def main() -> int:
     options, began, commit = parsed(), time.monotonic(), state_of_the_code()
     check = Check(options)
     parts = options.only.split(",") if options.only else list(steps.PARTS)
-    if "contract" in parts:
-        check.results["contract"] = steps.contract(check.comfyui, check.python)
-    if "networks" in parts:
-        check.results["networks"] = steps.networks(check.comfyui, check.python, check.work)
-    if "models" in parts:
-        ways = [WAYS[int(n)] for n in options.ways.split(",")] if options.ways else WAYS
-        check.models(ways)
+    with ThreadPoolExecutor(1) as aside:  # what needs no server, beside the servers
+        without = [part for part in ("contract", "networks") if part in parts]
+        pending = [aside.submit(getattr(check, part)) for part in without]
+        if "models" in parts:
+            ways = [WAYS[int(n)] for n in options.ways.split(",")] if options.ways else WAYS
+            check.models(ways)
+        check.results |= {p: f.result() for p, f in zip(without, pending, strict=True)}
     if "scenarios" in parts:
         check.results["scenarios"] = steps.scenarios(check, options.stories)
     if "browser" in parts:

@@ -18,7 +18,7 @@ _WAN: dict[str, Any] = {
 
 
 def _wan(r: Any, **more: Any) -> dict[str, Any]:
-    return {"x": r(1, 16, 2, 8, 8), "timestep": _T * 700, "context": r(1, 8, 64), **more}
+    return {"x": r(1, 16, 2, 8, 8), "timestep": _T * 700, "context": r(1, 8, 64)} | more
 
 
 SPECS: dict[str, dict[str, Any]] = {
@@ -63,8 +63,14 @@ SPECS: dict[str, dict[str, Any]] = {
     "AnimateWanModel": {
         "net": "wan.model_animate.AnimateWanModel",
         "build": {**_WAN, "num_layers": 10},
-        "call": lambda r: _wan(
-            r, pose_latents=r(1, 16, 1, 8, 8), face_pixel_values=r(1, 3, 5, 512, 512)
+        # Once: its encoder of faces takes pictures of 512 x 512 only.
+        "call": (
+            lambda r: _wan(
+                r,
+                x=r(1, 16, 1, 8, 8),
+                pose_latents=r(1, 16, 1, 8, 8),
+                face_pixel_values=r(1, 3, 1, 512, 512),
+            ),
         ),
     },
     "CausalWanModel": {

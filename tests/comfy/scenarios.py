@@ -81,7 +81,8 @@ class Scenarios:
 
         plain = workflow([], [])
         expected = latent(self.server, plain)
-        low = stream(int(self.fp8["bytes"] * 0.8))
+        # As read from the file; ComfyUI makes the rest of it larger where it computes in f32.
+        low = stream(int(self.fp8["bytes"] * (1.1 if self.number_bytes == 4 else 0.75)))
         for _ in range(2):
             outputs = self.server.run(workflow([self.half], [low]))
             found = compared(expected, outputs["save"])
