@@ -123,7 +123,6 @@ def text_of(name: str, known: dict[str, tuple[list[str], str]]) -> str:
 
 
 def check_networks(comfyui: Path) -> list[str]:
-    sys.path.insert(0, str(TABLE.parents[2]))
     scope: dict[str, object] = {}
     tree = ast.parse(TABLE.read_text(encoding="utf-8"))
     tables = [i for i in tree.body if isinstance(i, (ast.Assign, ast.AnnAssign))]
