@@ -3,6 +3,7 @@
 import logging
 import sys
 
+__version__ = "0.1.0"  # for ComfyUI's registry
 WEB_DIRECTORY = "./web"
 
 

@@ -368,6 +368,10 @@ impl Schedule {
 
     /// The master of a block was changed: its resident tensors are brought again.
     pub fn reload(&mut self, block: u32) {
+        // What comes next may overwrite what the running block reads.
+        if let Some(active) = &mut self.active {
+            active.quiet = false;
+        }
         self.loaded[index(block)] = self.program.loads[index(block)].is_empty();
         self.kept[index(block)] = false;
         // Streamed bytes that are on their way may be the old ones.

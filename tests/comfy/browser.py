@@ -19,8 +19,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 sys.path.insert(0, str(Path(__file__).parent))
-from check import start_server
 from exactness import compared, latent
+from server import Server
 from workflows import reported, sampled, stream, tail
 
 HERE = Path(__file__).parent
@@ -70,9 +70,9 @@ const top = Math.min(...nodes.map((n) => n.pos[1]));
 const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0]));
 const bottom = Math.max(...nodes.map((n) => n.pos[1] + n.size[1]));
 const scale = Math.min(window.innerWidth / (right - left + 220),
-  window.innerHeight / (bottom - top + 220));
+  window.innerHeight / (bottom - top + 320));
 app.canvas.ds.scale = scale;
-app.canvas.ds.offset = [-left + 110, -top + 110];
+app.canvas.ds.offset = [-left + 110, -top + 180];
 app.canvas.setDirty(true, true);
 """
 
@@ -146,7 +146,9 @@ def main() -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
             present.append(file)
-    with start_server(options.comfyui.resolve(), options.python, options.work) as server:
+    packs = {"dgls_test_pack": HERE / "pack", "dgls": HERE.parents[1]}
+    comfyui, work = options.comfyui.resolve(), options.work.resolve()
+    with Server(work, packs, comfyui=comfyui, python=options.python) as server:
         driver = browser()
         try:
             server.post("/settings", SETTINGS)
@@ -172,7 +174,7 @@ def main() -> int:
             driver.quit()
             for file in present:
                 file.unlink()
-    print(results, *errors, sep="\n")
+    print(*(f"BROWSER {what}: {found}" for what, found in results.items()), *errors, sep="\n")
     return 1 if errors or set(results.values()) != {"yes"} else 0
 
 

@@ -8,6 +8,7 @@ network class of ComfyUI has to be in the table of block containers, with contai
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +21,14 @@ ALSO = {"server.py": ["execution.py"]}
 # What the fake has for its own use.
 OWN = {
     *("files", "names", "free_bytes", "calculate_weight", "_set_param", "_Field", "_kind"),
-    *("cast_bias_weight", "annotations", "PromptServer.instance"),
+    *("cast_bias_weight", "annotations", "PromptServer.instance", "asked_to_unpin"),
 }
 # Networks of ComfyUI that no sampler of pictures runs block by block.
 OTHERS = {"RTv4", "SAM3Model", "DepthAnything3Net", "MoGeModelV1", "MoGeModelV2"}
+
+# Classes of the table that no tiny network stands for, and why.
+UNTRIED = {"MiniMaxMusic3DiT": "its dimensions are fixed at 7 GB"}
+SPECS = [ROOT / "tests" / "comfy" / f"{name}specs.py" for name in ("", "network_", "more_network_")]
 
 Functions = dict[str, list[str]]
 
@@ -118,7 +123,6 @@ def text_of(name: str, known: dict[str, tuple[list[str], str]]) -> str:
 
 
 def check_networks(comfyui: Path) -> list[str]:
-    sys.path.insert(0, str(TABLE.parents[2]))
     scope: dict[str, object] = {}
     tree = ast.parse(TABLE.read_text(encoding="utf-8"))
     tables = [i for i in tree.body if isinstance(i, (ast.Assign, ast.AnnAssign))]
@@ -138,14 +142,29 @@ def check_networks(comfyui: Path) -> list[str]:
         absent = [first for first in firsts if f"self.{first}" not in text]
         if absent == list(firsts) or paths[0].split(".")[0] in absent:
             problems.append(f"containers: {name} has no {', '.join(absent)}")
-    base = (comfyui / "comfy" / "model_base.py").read_text(encoding="utf-8")
-    for call in ast.walk(ast.parse(base)):
-        if not isinstance(call, ast.keyword) or call.arg != "unet_model":
-            continue
-        name = ast.unparse(call.value).split(".")[-1]
-        if name in known and name not in {*table, *unsupported, *OTHERS}:
-            problems.append(f"containers: {name} of comfy/model_base.py is not in the table")
+    served = {*table, *unsupported, *OTHERS}
+    problems += [
+        f"containers: {name} of comfy/model_base.py is not in the table"
+        for name in sorted(networks(comfyui) & set(known) - served)
+    ]
+    tried = {n for file in SPECS for n in re.findall(r'"net": "[\w.]*\.(\w+)"', file.read_text())}
+    problems += [f"specs: no tiny {name}" for name in table if name not in {*tried, *UNTRIED}]
     return problems
+
+
+def networks(comfyui: Path) -> set[str]:
+    """The network classes that comfy/model_base.py makes, given or by default."""
+    found = set()
+    text = (comfyui / "comfy" / "model_base.py").read_text(encoding="utf-8")
+    for item in ast.walk(ast.parse(text)):
+        if isinstance(item, ast.keyword) and item.arg == "unet_model":
+            found.add(ast.unparse(item.value).split(".")[-1])
+        elif isinstance(item, ast.FunctionDef):
+            arguments = item.args.args[len(item.args.args) - len(item.args.defaults) :]
+            for argument, default in zip(arguments, item.args.defaults, strict=True):
+                if argument.arg == "unet_model":
+                    found.add(ast.unparse(default).split(".")[-1])
+    return found
 
 
 def main() -> int:

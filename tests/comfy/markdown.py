@@ -7,54 +7,92 @@ import platform
 import re
 import subprocess
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from steps import TOLD
 
+Tables = dict[str, dict[str, dict[str, str]]]
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = """# The nodes in a real ComfyUI
 
-`make comfy-check COMFYUI_DIR=... COMFYUI_PYTHON=...` wrote this page. It fetched no model: tiny
-files with seeded weights stand for the architectures. Each latent of a streamed model was compared,
-bit for bit, with that of a server that never had the pack: plain for the budgets (shares of all
-weights, or the least that works), with LoRA maths at the same place for the LoRAs.
+`make comfy-check COMFYUI_DIR=... COMFYUI_PYTHON=...` wrote this page, as it is, in one go. It
+fetched no model: tiny files with seeded weights stand for the architectures. Each latent of a
+streamed model was compared, bit for bit, with that of a server that never had the pack: plain for
+the budgets (shares of all weights, or the least that works), with LoRA maths at the same place for
+the LoRAs. All of it ran on a CPU; `tests/comfy/gpu.py` does the same on a GPU.
 
 """
-STORIES = """
-## Scenarios
+ABOUT = {
+    "contract": "What the nodes use of ComfyUI is there, and the tests of the fake hold with it.",
+    "networks": (
+        "Every other network class of comfy/ldm by itself: two forwards each at 25, 50 and 75 % of "
+        "the weights, and plain afterwards; each of its containers ran streamed blocks. "
+        "MiniMaxMusic3DiT is left out, as its dimensions are fixed at 7 GB; WanAnimate2Model is "
+        "not streamed, as its blocks are run through other methods than forward."
+    ),
+    "scenarios": "One server, one after the other, on the same model.",
+    "browser": "Headless Chromium in front of a running ComfyUI.",
+}
 
-One server, one after the other, on the same model:
 
-"""
+def as_markdown(
+    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+) -> str:
+    """The page: versions, one table for each way of storing weights, then the other parts.
 
-
-def as_markdown(results: dict[str, Any], comfyui: Path, python: str) -> str:
-    """The page: versions, one table for each way of storing weights, the scenarios."""
-    version = re.search(r'"([^"]+)"', (comfyui / "comfyui_version.py").read_text())
-    code = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
-    torch, number = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    lines = [
-        f"ComfyUI {version[1] if version else '?'}, torch {torch}, Python {number}, "
-        f"{platform.system()}, CPU, {datetime.date.today()}.",
-    ]
-    tables: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    Args:
+        results: What was checked, by part or by way, server and model.
+        comfyui: The checkout.
+        python: The Python that ComfyUI ran with.
+        commit: What was checked; see `state_of_the_code`.
+        took: Minutes.
+    """
+    lines = [_facts(results, comfyui, python, commit, took)]
+    tables: Tables = defaultdict(dict)
     for where, found in results.items():
-        if where != "scenarios":
+        if where not in ABOUT:
             way, _, name = where.rpartition(": ")
             tables[way][name] = found
     for way, rows in tables.items():
-        columns = list(dict.fromkeys(column for found in rows.values() for column in found))
-        lines += ["", f"## Weights {way}", "", "| model | " + " | ".join(columns) + " |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        for name, found in rows.items():
-            cells = [found.get(column, "").splitlines()[0:1] for column in columns]
-            lines.append(f"| {name} | " + " | ".join("".join(cell) for cell in cells) + " |")
-    text = HEAD + "\n".join(lines) + "\n"
-    if "scenarios" in results:
-        rows = [f"| {story} | {found.strip()} |" for story, found in results["scenarios"].items()]
-        text += (
-            STORIES + "\n".join(["| scenario | as without the pack |", "|---|---|", *rows]) + "\n"
-        )
-    return text
+        lines += ["", f"## {way}", "", *_table(rows)]
+    for part, about in ABOUT.items():
+        if part in results:
+            rows = [f"| {what} | {found.strip()} |" for what, found in results[part].items()]
+            lines += ["", f"## {part.capitalize()}", "", about, "", "| what | held |", "|---|---|"]
+            lines += rows
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, dict[str, str]]) -> list[str]:
+    columns = list(dict.fromkeys(column for found in rows.values() for column in found))
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, found in rows.items():
+        cells = ["".join(found.get(column, "").splitlines()[0:1]) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _facts(
+    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+) -> str:
+    version = re.search(r'"([^"]+)"', (comfyui / "comfyui_version.py").read_text())
+    code = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
+    torch, number = _said(python, "-c", code).split()
+    checks = [v for found in results.values() for k, v in found.items() if k not in TOLD]
+    held = sum(value == "yes" for value in checks)
+    return (
+        f"ComfyUI {version[1] if version else '?'}, torch {torch}, Python {number}, "
+        f"{platform.system()}, CPU, {datetime.date.today()}, commit {commit}. {held} of "
+        f"{len(checks)} checks held, in {took:.0f} minutes."
+    )
+
+
+def state_of_the_code() -> str:
+    """The commit, and whether files differ from it."""
+    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
+    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
+    return commit + (" with changes" if changed else "")
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

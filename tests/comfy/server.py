@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any
 
 # Attention that does not choose its chunks by free memory, and deterministic kernels.
-EXACT = ("--cpu", "--use-pytorch-cross-attention", "--deterministic")
+# On a GPU the latter would switch copies beside computing off.
+EXACT = {
+    "cpu": ("--cpu", "--use-pytorch-cross-attention", "--deterministic"),
+    "cuda": ("--use-pytorch-cross-attention",),
+}
 
 
 class PromptError(RuntimeError):
@@ -35,7 +39,7 @@ class Server:
         *,
         comfyui: Path,
         python: str,
-        arguments: tuple[str, ...] = EXACT,
+        arguments: tuple[str, ...] = EXACT["cpu"],
         environment: dict[str, str] | None = None,
     ) -> None:
         self.base, self.packs, self.comfyui, self.python = base, packs, comfyui, python

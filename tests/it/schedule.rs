@@ -202,6 +202,19 @@ fn changed_weights_are_brought_and_waited_for() {
 }
 
 #[test]
+fn the_end_of_a_block_whose_weights_change_while_it_runs_is_marked() {
+    let mut schedule = resident(false);
+    assert_eq!(enter(&mut schedule, 0), []);
+    schedule.reload(0);
+    let ended = exit(&mut schedule);
+    assert!(
+        matches!(ended[..2], [Command::Release(a), Command::WaitDone(b)] if a == b),
+        "{ended:?}"
+    );
+    assert!(ended.contains(&Command::Load { block: 0 }));
+}
+
+#[test]
 fn what_is_timed_or_waited_for_is_marked() {
     let mut timed = resident(true);
     let last = enter(&mut timed, 0).pop();

@@ -278,3 +278,26 @@ def test_a_private_copy_leaves_the_original_alone() -> None:
     model.cached_patcher_init = None
     with pytest.raises(NotStreamableError, match="load the file again"):
         stream_model(model, settings(model), private=True)
+
+
+def test_a_copy_for_another_device_is_no_dynamic_one() -> None:
+    """ComfyUI's multi-GPU nodes load the file again as the loader says, which may be dynamic."""
+    model, asked = patcher(), []
+    load, arguments = model.cached_patcher_init
+
+    def watched(*given: Any, disable_dynamic: bool = False) -> Any:
+        asked.append(disable_dynamic)
+        return load(*given, disable_dynamic=disable_dynamic)
+
+    model.cached_patcher_init = (watched, arguments)
+    stream = streamed(model)
+    other = stream.deepclone_multigpu(new_load_device=CPU)
+    assert asked == [True]
+    assert other.cached_patcher_init == stream.cached_patcher_init == (watched, arguments)
+    assert other.model is not stream.model
+    expected = sample(patcher())
+    assert same(sample(other), expected)
+    assert same(sample(stream), expected)
+    streams = [residency(m).stream for m in (other, stream)]
+    assert None not in streams
+    assert streams[0] is not streams[1]

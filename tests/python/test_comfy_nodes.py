@@ -323,3 +323,19 @@ def test_the_report() -> None:
     sample(patcher(), x=torch.zeros(1, WIDTH))
     free_all()
     assert "unloaded since" in DGLSReport.execute(made).args[0]
+
+
+def test_the_report_says_why_a_model_was_passed_through() -> None:
+    """It said that the model was not sampled yet, also after it was."""
+
+    class GGUFModelPatcher(type(patcher())):  # type: ignore[misc]
+        """Another pack's patcher."""
+
+    model = patcher()
+    model.__class__ = GGUFModelPatcher
+    made = DGLSStream.execute(model).args[0]
+    assert made is model
+    sample(made)
+    text = DGLSReport.execute(made).args[0]
+    assert "is not streamed: it comes with a patcher of its own (GGUFModelPatcher)" in text
+    assert len(text.splitlines()) == 1

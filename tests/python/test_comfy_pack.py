@@ -115,3 +115,24 @@ def test_the_panel_draws_no_canvas_and_polls_nothing() -> None:
 def test_the_packs_requirements_never_name_torch() -> None:
     lines = (ROOT / "requirements.txt").read_text().split()
     assert lines == ["dgls_torch"]
+
+
+def test_the_registry_is_told_what_it_needs() -> None:
+    """Its own parser of pyproject.toml takes no dynamic version but by a path to a file."""
+    text = (ROOT / "pyproject.toml").read_text()
+    name = re.search(r'^name = "([A-Za-z][\w.-]{0,98})"$', text, re.MULTILINE)
+    assert name is not None
+    assert "comfyui" not in name[1].lower()
+    comfy = text[text.index("[tool.comfy]") :]
+    assert 'DisplayName = "' in comfy
+    assert 'requires-comfyui = ">=0.33"' in comfy
+    assert "web =" not in comfy  # WEB_DIRECTORY says it; both would load every script twice
+    path = re.search(r'\[tool\.comfy\.version\]\npath = "([^"]+)"', comfy)
+    assert path is not None
+    version = re.search(r'^__version__ = "(\d+\.\d+\.\d+)"', (ROOT / path[1]).read_text(), re.M)
+    cargo = re.search(r'^version = "([^"]+)"', (ROOT / "Cargo.toml").read_text(), re.M)
+    assert version is not None
+    assert cargo is not None
+    assert version[1] == cargo[1]
+    for classifier in ("Operating System :: POSIX :: Linux", "Environment :: GPU :: NVIDIA CUDA"):
+        assert f'"{classifier}"' in text

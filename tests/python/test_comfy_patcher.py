@@ -152,6 +152,30 @@ def test_memory_asked_back_is_given(share: float) -> None:
     assert same(sample(stream), expected)
 
 
+def test_small_requests_in_a_row_make_one_plan() -> None:
+    """ComfyUI asks for what it lacks, again and again; each other plan locks and fetches anew."""
+    stream = streamed(patcher(), 0.9)
+    sample(stream)
+    plan: Any = residency(stream).stream.plan  # type: ignore[union-attr]
+    held = residency(stream).arena_bytes
+    total = plan.outside_bytes + plan.block_bytes
+    freed = stream.partially_unload(CPU, 1000)
+    assert total // 16 <= freed < held
+    assert residency(stream).arena_bytes == held - freed
+    assert same(sample(stream), sample(patcher()))
+    # Down to the least, but not further than that for the sake of a step.
+    least = plan.least_vram_bytes
+    stream = streamed(patcher(), 0.0)
+    sample(stream)
+    now = residency(stream).stream
+    assert now is not None
+    assert now.plan.vram_bytes == least
+    stream = stream_model(patcher(), settings(patcher(), (least + 5000) / total))
+    sample(stream)
+    stream.partially_unload(CPU, 100)
+    assert residency(stream).stream is not None
+
+
 def test_memory_is_given_back_in_the_middle_of_a_run() -> None:
     model, x = patcher(), torch.ones(3, WIDTH)
     expected = sample(patcher(), x=x)

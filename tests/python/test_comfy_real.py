@@ -33,7 +33,7 @@ def test_signatures_and_networks() -> None:
 def test_the_contract_with_the_real_code() -> None:
     """COMFYUI_PYTHON is a Python with ComfyUI's requirements, pytest and the wheel."""
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
-    names = ("patcher", "limits", "regressions")
+    names = ("patcher", "limits", "regressions", "quantized")
     files = [str(Path(__file__).parent / f"test_comfy_{name}.py") for name in names]
     command = [python, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"DGLS_REAL_COMFY": "1"}

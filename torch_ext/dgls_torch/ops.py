@@ -21,7 +21,11 @@ budget_bytes, ...)``
     ``window``: blocks that are copied ahead at most, or -1.
 ``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
     What another budget would give; and a change to it, or to the better plan that was found.
-    ``rebuild`` blocks until the device is done with the old arena.
+    ``rebuild`` blocks until the device is done with the old arena, and moves what stays to the new
+    one on the device.
+``vacate(engine, nothing)``
+    Gives the arena up where there is no room for two; blocks as long. ``nothing`` is an empty
+    tensor on the same device. No block may run before the next ``rebuild``.
 ``plan_in_force(engine)``
     As ``plan_for``, of the plan in force.
 ``layout(engine)``

@@ -110,17 +110,25 @@ class _PartlyLoaded(ModelPatcher):
                     self.patch_weight_to_device(f"{name}.{param}", device_to)
 
 
-class TestPartly(io.ComfyNode):
-    """The reference for LoRA maths that is done on the fly."""
+class _Through(io.ComfyNode):
+    """A MODEL in and out."""
+
+    NODE_ID = ""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="DGLSTestPartly",
+            node_id=cls.NODE_ID,
             category="testing",
             inputs=[io.Model.Input("model")],
             outputs=[io.Model.Output()],
         )
+
+
+class TestPartly(_Through):
+    """The reference for LoRA maths that is done on the fly."""
+
+    NODE_ID = "DGLSTestPartly"
 
     @classmethod
     def execute(cls, model):
@@ -132,11 +140,71 @@ class TestPartly(io.ComfyNode):
         return io.NodeOutput(made)
 
 
+class TestWhole(_Through):
+    """The reference for LoRA maths that is baked in: ComfyUI's loader without dynamic VRAM."""
+
+    NODE_ID = "DGLSTestWhole"
+
+    @classmethod
+    def execute(cls, model):
+        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        return io.NodeOutput(made)
+
+
+class GGUFModelPatcher(ModelPatcher):
+    """In the shape of the GGUF pack's: it bakes nothing, and moves nothing of its own accord.
+
+    LoRAs ride on the weights, and every layer casts at use; a subclass by name, as that pack's.
+    """
+
+    patch_on_device = False
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, **_):
+        return None
+
+    def load(self, *args, force_patch_weights=False, **kwargs):
+        super().load(*args, force_patch_weights=True, **kwargs)
+        for _, module in self.model.named_modules():
+            if not hasattr(module, "comfy_cast_weights"):
+                continue
+            module.comfy_cast_weights = True
+
+    def clone(self, *args, **kwargs):
+        made = super().clone(*args, **kwargs)
+        made.patch_on_device = self.patch_on_device
+        return made
+
+
+class TestForeign(_Through):
+    """A MODEL with another pack's patcher."""
+
+    NODE_ID = "DGLSTestForeign"
+
+    @classmethod
+    def execute(cls, model):
+        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        made.__class__ = GGUFModelPatcher
+        return io.NodeOutput(made)
+
+
+class TestDeepClone(_Through):
+    """What ComfyUI's multi-GPU nodes make for another device, of which there is none here."""
+
+    NODE_ID = "DGLSTestDeepClone"
+
+    @classmethod
+    def execute(cls, model):
+        return io.NodeOutput(model.deepclone_multigpu(new_load_device=model.load_device))
+
+
 class TestExtension(ComfyExtension):
     """The nodes above."""
 
     async def get_node_list(self):
-        return [TestConditioning, TestLatent, TestPartly]
+        return [
+            *(TestConditioning, TestLatent, TestPartly, TestWhole, TestForeign),
+            TestDeepClone,
+        ]
 
 
 async def comfy_entrypoint():

@@ -1,8 +1,8 @@
 """Casts weights of a model, once and for good: for a model that no one else has.
 
 Only operations of ComfyUI's are cast, since those cast their weights at use; normalisation and
-batch-norm statistics keep their precision. 4-bit weights are ComfyUI's own NVFP4 tensors, which
-take a quarter of bf16's bytes; nothing is quantised only to be dequantised again.
+batch-norm statistics keep their precision. 4-bit weights are stored in 4 bits: fp4 as ComfyUI's own
+NVFP4 tensors, nf4 with bitsandbytes; nothing is quantised only to be dequantised again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dgls_torch.comfy.cast_grammar import FP4, NF4, short_name
+from dgls_torch.comfy import nf4
+from dgls_torch.comfy.cast_grammar import NF4, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,8 +58,8 @@ def cast_modules(
             # In the mode that ComfyUI is in: its quantised tensors cannot be detached in another.
             module._parameters[name] = nn.Parameter(made, requires_grad=False)
             module.comfy_cast_weights = True  # type: ignore[assignment]
-            if target == FP4:
-                _know_quantized(module)
+            if isinstance(target, str):
+                _know_quantized(module, target)
     return ", ".join(f"{count} tensors {what}" for what, count in done.items()) or "nothing"
 
 
@@ -71,6 +72,8 @@ def _cast(param: torch.Tensor, target: Format) -> torch.Tensor | None:
             return None if low or target == param.dtype else source.to(target)
         if param.ndim != 2 or any(size % _GROUP for size in param.shape):
             return None
+        if target == NF4:
+            return nf4.quantized(source) if param.numel() % nf4.BLOCK == 0 else None
         from comfy.quant_ops import QuantizedTensor
 
         return QuantizedTensor.from_float(source, _LAYOUT)  # type: ignore[no-any-return]
@@ -78,8 +81,6 @@ def _cast(param: torch.Tensor, target: Format) -> torch.Tensor | None:
 
 def _supported(target: Format) -> Format:
     """The format itself, or bf16 with a message where it cannot be stored or computed with."""
-    if target == NF4:
-        return _instead(target, "ComfyUI has no NF4 tensors; fp4 (NVFP4) is its 4-bit format")
     try:
         probe = _cast(torch.ones(_GROUP, _GROUP, dtype=torch.bfloat16), target)
         assert probe is not None or target is torch.bfloat16
@@ -105,7 +106,7 @@ def _is_wrapped(param: torch.Tensor) -> bool:
     return hasattr(param, "__tensor_flatten__")
 
 
-def _know_quantized(module: Any) -> None:
+def _know_quantized(module: Any, target: Format) -> None:
     """Tells ComfyUI how to read and write a quantised weight when it bakes a LoRA in."""
 
     def convert_weight(weight: Any, **_: Any) -> Any:
@@ -114,7 +115,7 @@ def _know_quantized(module: Any) -> None:
     def set_weight(
         weight: torch.Tensor, return_weight: bool = False, seed: int | None = None, **_: Any
     ) -> torch.Tensor | None:
-        made = _cast(weight, FP4)
+        made = _cast(weight, target)
         assert made is not None
         if return_weight:
             return made

@@ -14,6 +14,7 @@ from dgls_torch.comfy.cast_grammar import parse_cast_target
 from dgls_torch.comfy.casting import cast_modules
 from dgls_torch.comfy.containers import network_blocks
 from dgls_torch.comfy.layers import Layers, layer_names, parse_indices
+from dgls_torch.comfy.residency import Residency
 from dgls_torch.comfy.settings import LoraMode, Settings, parse_vram
 
 log = logging.getLogger("dgls_torch")
@@ -238,4 +239,7 @@ class DGLSStream(io.ComfyNode):  # type: ignore[misc]
 
 def _passed(model: Any, reason: str) -> io.NodeOutput:
     log.warning("DGLS: the model is passed through as it is: %s", reason)
+    residency = Residency.of(model.model)
+    if residency.stream is None:  # else another branch of the workflow streams the same model
+        residency.passed_by = reason
     return io.NodeOutput(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher, get_key_weight
 
 from dgls_torch.comfy.containers import unsupported
 from dgls_torch.comfy.lora import Factors, factors
+from dgls_torch.comfy.pins import pinned_limit
 from dgls_torch.comfy.residency import Residency, sizes_of, streamed_blocks
 from dgls_torch.comfy.settings import LoraMode, Settings
 from dgls_torch.units import format_bytes
@@ -212,7 +214,8 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
     ) -> None:
         residency = self._residency()
         residency.owner = id(self)
-        net, pinned = self.model.diffusion_model, pinned_limit()
+        net = self.model.diffusion_model
+        pinned = pinned_limit(sum(size for _, size in self._sizes_now().blocks))
         smaller = max(int(min(budget / 2, offered)), self._sizes_now().least_bytes)
         # The same again: the first time what torch holds in fragments may be in the way.
         for vram in (budget, budget, smaller):
@@ -296,6 +299,25 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
 
     # ---- unloading
 
+    def deepclone_multigpu(
+        self, new_load_device: Any = None, models_cache: dict[Any, Any] | None = None
+    ) -> Any:
+        """As ComfyUI's: a model of its own for another device. It must not be a dynamic one.
+
+        ComfyUI loads the file by what the loader left it, which on NVIDIA gives weights that only
+        its dynamic patcher can serve.
+        """
+        init: Any = getattr(self, "cached_patcher_init", None)
+        if init is not None:
+            load = functools.partial(init[0], disable_dynamic=True)
+            self.cached_patcher_init = (load, *init[1:])
+        try:
+            made = super().deepclone_multigpu(new_load_device, models_cache)
+        finally:
+            self.cached_patcher_init = init
+        made.cached_patcher_init = init
+        return made
+
     def _release(self) -> int:
         held = self._residency().release()
         loaded = self.model.model_loaded_weight_memory
@@ -372,14 +394,3 @@ def _is_walked(module: nn.Module) -> bool:
     """Whether ComfyUI's loader leaves a module's own parameters alone, for those below it."""
     own = set(module._parameters)
     return any(name not in own for name, _ in module.named_parameters())
-
-
-def pinned_limit() -> int | str:
-    """Host bytes that may be page-locked: no more than ComfyUI's own limit leaves."""
-    most = getattr(mm, "MAX_PINNED_MEMORY", 0)
-    if most <= 0:
-        return 0
-    from dgls_torch.memory import host_memory, pinned_budget
-
-    left = max(0, int(most) - int(mm.TOTAL_PINNED_MEMORY))
-    return min(left, pinned_budget("auto", host_memory()))

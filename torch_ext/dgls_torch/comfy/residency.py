@@ -9,6 +9,7 @@ import torch
 
 import dgls_torch
 from dgls_torch.comfy.containers import network_blocks
+from dgls_torch.comfy.pins import Pins
 from dgls_torch.comfy.sizes import measure
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dgls_torch")
 _ATTRIBUTE = "dgls_residency"
+#: A change of budget by less than this part of a model is not worth another plan.
+_STEPS = 16
 
 
 class Residency:
@@ -35,6 +38,7 @@ class Residency:
         streams: Whether the last loading left the blocks to the engine.
         passed_by: Why the last loading did without a stream; ``None`` when it did not.
         latest: The last stream, for its report; it may be detached.
+        pins: What of it ComfyUI counts as page-locked.
     """
 
     def __init__(self) -> None:
@@ -45,6 +49,7 @@ class Residency:
         self.streams = False
         self.passed_by: str | None = "the model was not sampled yet"
         self.latest: dgls_torch.Stream | None = None
+        self.pins = Pins()
         self._names: tuple[str, ...] = ()
 
     @staticmethod
@@ -102,16 +107,17 @@ class Residency:
         elif self._is_worth_it(stream.plan, vram_bytes):
             stream.replan(vram_bytes)
         self.latest, self.passed_by = stream, None
+        self.pins.tell(stream)
 
     @staticmethod
     def _is_worth_it(plan: Plan, vram_bytes: int) -> bool:
         """Whether another budget is so different that fetching the residents again pays off.
 
-        Larger, it has to be a sixteenth of the model. Smaller, it is a LoRA that came: what
+        Larger, it has to be a step of the model. Smaller, it is a LoRA that came: what
         ComfyUI itself needs back it takes by `shrink`.
         """
         more, total = vram_bytes - plan.vram_bytes, plan.outside_bytes + plan.block_bytes
-        return -more > total // 64 or (plan.streamed_bytes > 0 and more > max(1, total // 16))
+        return -more > total // 64 or (plan.streamed_bytes > 0 and more > max(1, total // _STEPS))
 
     def resume(self) -> None:
         """Puts the hooks on for one sampling run; without them it is right too, only slow."""
@@ -128,18 +134,20 @@ class Residency:
         """Takes the hooks off; what is on the device stays there."""
         if self.stream is not None:
             self.stream.suspend()
+            self.pins.tell(self.stream)
 
     def shrink(self, wanted_bytes: int) -> int:
         """Gives device memory back and says how much: part of the arena, or all of it."""
         stream = self.stream
         if stream is None:
             return 0
-        held = self.arena_bytes
-        target = stream.plan.vram_bytes - wanted_bytes
-        used = stream.plan.outside_bytes + held
-        target = min(target, used - wanted_bytes)
-        if target >= stream.plan.least_vram_bytes:
-            stream.replan(target)
+        held, plan = self.arena_bytes, stream.plan
+        used = min(plan.vram_bytes, plan.outside_bytes + held)
+        least, step = plan.least_vram_bytes, (plan.outside_bytes + plan.block_bytes) // _STEPS
+        if used - wanted_bytes >= least:
+            # Another plan costs the same however little it gives; ComfyUI may ask again at once.
+            stream.replan(max(least, used - max(wanted_bytes, step)))
+            self.pins.tell(stream)
         else:
             self.release()
         return held - self.arena_bytes
@@ -150,7 +158,10 @@ class Residency:
         if stream is None:
             return 0
         held = stream.plan.arena_bytes
-        stream.detach()
+        try:
+            stream.detach()
+        finally:
+            self.pins.tell(None)
         return held
 
 

@@ -21,9 +21,9 @@ LOADER = {
         "fp8_e4m3fn_fast also computes in fp8 where the GPU can."
     ),
     "full_cast": (
-        "Casts the weights once more after loading; normalisations keep their format. fp8 and fp4 "
-        "apply to the blocks only. fp4 is stored in 4 bits (NVFP4), nf4 becomes bf16 with a "
-        "message, since ComfyUI has no NF4 tensors. Pictures change."
+        "Casts the weights once more after loading; normalisations keep their format. fp8, fp4 "
+        "and nf4 apply to the blocks only. fp4 (NVFP4) and nf4 are stored in 4 bits; nf4 needs "
+        "bitsandbytes, and becomes bf16 with a message without it. Pictures change."
     ),
     "clear_model_cache": "Unloads every other model first. ComfyUI makes room by itself otherwise.",
     "verbose": "Writes what was loaded to the log.",
@@ -51,7 +51,7 @@ SWAPPER = {
     ),
     "cast_target": (
         'Casts weights of the streamed layers once: "FROM TO" pairs such as "bf16 f16, f32 bf16". '
-        "Formats: f32, f16, bf16, f8_e4m3, f8_e5m2, fp4; nf4 becomes bf16 with a message. "
+        "Formats: f32, f16, bf16, f8_e4m3, f8_e5m2, fp4, nf4 (needs bitsandbytes, else bf16). "
         "Normalisations are kept. The file is loaded a second time, as others may use this copy."
     ),
     "vram": VRAM_WITH_INDICES,

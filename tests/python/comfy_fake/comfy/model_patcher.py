@@ -94,6 +94,8 @@ class ModelPatcher:
             function, arguments = self.cached_patcher_init
             made = function(*arguments, disable_dynamic=True)
             model, backups = made.model, (made.backup, made.object_patches_backup)
+        if model_override is not None:
+            model, backups = model_override
         n = kind(model, self.load_device, self.offload_device, self.model_size())
         n.patches = {key: list(value) for key, value in self.patches.items()}
         n.patches_uuid = self.patches_uuid
@@ -109,6 +111,12 @@ class ModelPatcher:
             n.wrappers[kind] = {key: list(value) for key, value in by_key.items()}
         n.hook_patches = dict(self.hook_patches)
         n.cached_patcher_init = self.cached_patcher_init
+        return n
+
+    def deepclone_multigpu(self, new_load_device=None, models_cache=None):
+        function, arguments = self.cached_patcher_init
+        n = self.clone(model_override=(function(*arguments).model, ({}, {})))
+        n.load_device = new_load_device or n.load_device
         return n
 
     def is_clone(self, other):

@@ -1,0 +1,91 @@
+"""The check on a machine with an NVIDIA GPU: ``gpu.py COMFYUI_DIR --work DIR [--report FILE]``.
+
+A few tiny models, in servers with ComfyUI's dynamic VRAM and without: streamed at 25, 50 and 75 %
+of their weights and with LoRAs, each compared bit for bit with servers that never had the pack;
+then what users do to a running server; then flags that keep models on the GPU. Guidance is off, as
+ComfyUI decides by free memory whether it batches both halves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import check as cpu
+from others import Others
+from scenarios import run_scenarios
+from ways import Way
+from workflows import reported, sampled
+
+MODELS = ["flux", "flux_fp8", "wan21_t2v", "wan21_t2v_fp8", "sd15", "qwen_image"]
+STATIC = ("--disable-dynamic-vram",)
+WAYS = [
+    Way("GPU, dynamic VRAM", number_bytes=2, is_full=True),
+    Way("GPU, no dynamic VRAM", STATIC, number_bytes=2, is_full=True),
+]
+STORIES = [
+    *("interrupt", "free", "high_and_low", "one_file_twice", "lora_strength", "fits"),
+    *("original_nodes", "cleanup", "weight_hooks", "gguf", "multigpu"),
+]
+KEPT = ("--gpu-only", "--highvram")
+
+
+def kept_on_the_gpu(check: cpu.Check) -> dict[str, str]:
+    """Flags under which ComfyUI keeps models on the GPU: left to it, and the report says so."""
+    found = {}
+    for flag in KEPT:
+        with check.start(flag) as server:
+            stories = Others(server, check.entries, 2)
+            workflow = reported(sampled(stories.wan, stories.half))
+            try:
+                stories.passed(workflow, stories.plain, "keep models on the GPU")
+                found[flag] = "yes"
+            except (AssertionError, RuntimeError) as error:
+                found[flag] = f"failed: {error}"[:500]
+    return found
+
+
+def main() -> int:
+    options, began = cpu.parsed(), time.monotonic()
+    options.models, options.jobs = options.models or ",".join(MODELS), 1
+    check = cpu.Check(options)
+    check.device, check.rounds = "cuda", 1
+    if importlib.util.find_spec("comfyui_frontend_package") is None:  # it takes much to carry
+        front = check.work / "front"
+        front.mkdir(parents=True, exist_ok=True)
+        (front / "index.html").touch()
+        check.always = ("--front-end-root", str(front))
+    for entry in check.entries.values():
+        entry["sampler"]["cfg"] = 1.0
+    parts = options.only.split(",") if options.only else ["models", "scenarios", "flags"]
+    if "models" in parts:
+        check.models(WAYS)
+    if "scenarios" in parts:
+        chosen = options.stories.split(",") if options.stories else STORIES
+        for title, arguments in (("dynamic VRAM", ()), ("no dynamic VRAM", STATIC)):
+            with check.start(*arguments) as server:
+                names = chosen if not arguments else chosen[:2]
+                found = run_scenarios(server, check.entries, names, number_bytes=2)
+            check.results[f"scenarios, {title}"] = found
+    if "flags" in parts:
+        check.results["flags"] = kept_on_the_gpu(check)
+    wrong = {
+        f"{where}: {what}": value
+        for where, found in check.results.items()
+        for what, value in found.items()
+        if value != "yes"
+    }
+    checks = sum(len(found) for found in check.results.values())
+    print(f"{checks} checks, {len(wrong)} wrong, {time.monotonic() - began:.0f} s")
+    print(*wrong.items(), sep="\n")
+    text = json.dumps(check.results, indent=1)
+    (options.report or check.work / "gpu.json").write_text(text)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
