@@ -1,6 +1,6 @@
 //! What the schedule decides and the executor does, and what a schedule may be told.
 
-use super::review::Adapt;
+use super::adapt::Adapt;
 use crate::driver::EventSlot;
 
 /// One thing to enqueue. The first group goes to the copy stream, in order; the second to the

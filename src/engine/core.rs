@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
+use super::adapt::{Assembly, Review, Tuner, transition};
 use super::command::Command;
 use super::executor::{CopySide, Executor, Moved};
 use super::feed::{lock_streamed, staging_for, weights_of};
 use super::order::Order;
-use super::review::{Review, transition};
 use super::schedule::Schedule;
 use super::trace::{Counters, Trace};
-use super::tuner::{Assembly, Tuner};
 use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};

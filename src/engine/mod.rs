@@ -1,16 +1,14 @@
 //! What runs every block: enter, exit, and the state between them.
 
+mod adapt;
 mod command;
 mod core;
 mod executor;
 mod feed;
-mod learn;
 mod order;
-mod review;
 mod schedule;
 mod stager;
 mod trace;
-mod tuner;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,13 +16,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
+pub use adapt::{Adapt, PassTimes, Reason, Tuner};
 pub use command::{Command, Options};
 pub use executor::Weight;
 pub use order::Order;
-pub use review::Adapt;
 pub use schedule::{Entered, Schedule};
 pub use trace::{Counters, Record, Trace};
-pub use tuner::{PassTimes, Reason, Tuner};
 
 use self::core::{Before, Core};
 use crate::driver::{ComputeStream, Device, Source};

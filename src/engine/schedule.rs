@@ -17,8 +17,8 @@
 
 use std::sync::Arc;
 
+use super::adapt::Adapt;
 use super::command::{Command, Options};
-use super::review::Adapt;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program, Wait};

@@ -1,16 +1,16 @@
 //! What an engine makes of what it measured: reads times, keeps the trace, and has better plans
 //! looked for.
 
-use super::command::Command;
-use super::core::Core;
+use super::super::command::Command;
+use super::super::core::Core;
+use super::super::trace::Record;
 use super::review::Adapt;
-use super::trace::Record;
 use crate::plan::Profile;
 use crate::units::{index, narrow};
 
 impl Core {
     /// The profile for the order learned so far and the times measured so far.
-    pub(super) fn best_profile(&self) -> Profile {
+    pub(in crate::engine) fn best_profile(&self) -> Profile {
         let order = self.order.best().to_vec();
         // Before anything was measured, or for another order, the caller's times, if any.
         let given = self.spec.profile.times.clone();
@@ -20,12 +20,12 @@ impl Core {
     }
 
     /// Whether [`Core::rebuild`] would find something new.
-    pub(super) fn wants_rebuild(&self) -> bool {
+    pub(in crate::engine) fn wants_rebuild(&self) -> bool {
         self.order.has_learned() || self.proposal.is_some()
     }
 
     /// A pass has ended: takes up the outcome of a search for a plan, or starts one.
-    pub(super) fn pass_ended(&mut self) {
+    pub(in crate::engine) fn pass_ended(&mut self) {
         let adapt = self.spec.options.adapt;
         if adapt == Adapt::Off || self.plan.streamed_bytes == 0 || !self.is_open() {
             return;
@@ -41,7 +41,7 @@ impl Core {
     }
 
     /// Reads the times of uses whose marks the commands are about to move.
-    pub(super) fn read_times(&mut self) {
+    pub(in crate::engine) fn read_times(&mut self) {
         for at in 0..self.commands.len() {
             if let Command::CopyStart(slot) | Command::Ready { slot, .. } = self.commands[at] {
                 if let Some(number) = self.unread[index(slot.0)] {
@@ -95,7 +95,7 @@ impl Core {
         }
     }
 
-    pub(super) fn read_all_times(&mut self) {
+    pub(in crate::engine) fn read_all_times(&mut self) {
         let mut numbers: Vec<u64> = self.unread.iter().flatten().copied().collect();
         numbers.sort_unstable();
         for number in numbers {
@@ -104,7 +104,7 @@ impl Core {
     }
 
     /// The timed uses, oldest first, with those whose marks have passed meanwhile.
-    pub(super) fn records(&mut self) -> Vec<Record> {
+    pub(in crate::engine) fn records(&mut self) -> Vec<Record> {
         self.read_all_times();
         self.trace.records().copied().collect()
     }

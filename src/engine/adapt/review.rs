@@ -37,19 +37,25 @@ enum Outcome {
 
 /// One search under way, or its outcome.
 #[derive(Debug, Default)]
-pub(super) struct Review {
+pub(in crate::engine) struct Review {
     outcome: Arc<Mutex<Option<Outcome>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Review {
     /// Whether a search is under way, or its outcome was not taken yet.
-    pub(super) fn is_open(&self) -> bool {
+    pub(in crate::engine) fn is_open(&self) -> bool {
         self.thread.is_some() || self.outcome.lock().is_some()
     }
 
     /// Starts a search. `profile` has times; `plan` is in force.
-    pub(super) fn start(&mut self, adapt: Adapt, profile: Profile, budget_bytes: u64, plan: Plan) {
+    pub(in crate::engine) fn start(
+        &mut self,
+        adapt: Adapt,
+        profile: Profile,
+        budget_bytes: u64,
+        plan: Plan,
+    ) {
         let outcome = Arc::clone(&self.outcome);
         let work = move || {
             // Pure: a panic leaves nothing behind, and the plan in force stays.
@@ -69,7 +75,7 @@ impl Review {
     }
 
     /// The plan to change to, if a search has ended with one. Does not block.
-    pub(super) fn take(&mut self) -> Option<Plan> {
+    pub(in crate::engine) fn take(&mut self) -> Option<Plan> {
         let outcome = self.outcome.lock().take()?;
         self.join();
         match outcome {
@@ -79,7 +85,7 @@ impl Review {
     }
 
     /// Blocks until no search is under way, and forgets its outcome.
-    pub(super) fn stop(&mut self) {
+    pub(in crate::engine) fn stop(&mut self) {
         self.join();
         self.outcome.lock().take();
     }
@@ -120,15 +126,15 @@ fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
 
 /// How residents get from one plan's places to another's, within one arena.
 #[derive(Debug, Default)]
-pub(super) struct Transition {
+pub(in crate::engine) struct Transition {
     /// For each tensor, whether it is at its new place already or will be after `moves`.
-    pub(super) kept: Vec<bool>,
+    pub(in crate::engine) kept: Vec<bool>,
     /// In an order in which none overwrites what has yet to be moved.
-    pub(super) moves: Vec<Move>,
+    pub(in crate::engine) moves: Vec<Move>,
 }
 
 /// The residents of `before` that `after` keeps; `loaded` says of which blocks they have arrived.
-pub(super) fn transition(
+pub(in crate::engine) fn transition(
     profile: &Profile,
     before: &Plan,
     after: &Plan,

@@ -12,7 +12,7 @@
 //! A change of more than 15 % is no noise: another resolution, another program on the link. It is
 //! taken over at once instead of being smoothed.
 
-use super::trace::Record;
+use super::super::trace::Record;
 use crate::plan::{Link, Times};
 use crate::units::{count, index, real};
 
@@ -149,7 +149,7 @@ fn moved(from: f64, to: f64, share: f64) -> bool {
 
 /// Puts the times of single uses together to passes.
 #[derive(Debug, Default)]
-pub(super) struct Assembly {
+pub(in crate::engine) struct Assembly {
     uses: usize,
     /// Of two passes, the records so far, by place; and the number of the first pass.
     first: u64,
@@ -157,13 +157,13 @@ pub(super) struct Assembly {
 }
 
 impl Assembly {
-    pub(super) fn new(uses: usize) -> Self {
+    pub(in crate::engine) fn new(uses: usize) -> Self {
         Self { uses, first: 0, passes: [vec![None; uses], vec![None; uses]] }
     }
 
     /// Takes a record; gives the seconds of the pass that it ends, and its times if all of its uses
     /// came. Records come in order.
-    pub(super) fn add(&mut self, record: &Record) -> (Option<f64>, Option<PassTimes>) {
+    pub(in crate::engine) fn add(&mut self, record: &Record) -> (Option<f64>, Option<PassTimes>) {
         if self.uses == 0 || record.number / (self.uses as u64) < self.first {
             return (None, None);
         }
