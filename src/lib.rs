@@ -9,6 +9,7 @@ mod bridge;
 pub mod driver;
 pub mod engine;
 mod error;
+mod fence;
 pub mod plan;
 pub mod pool;
 pub mod probe;

@@ -3,6 +3,7 @@
 mod adaptation;
 mod allocation;
 mod batches;
+mod chaos;
 mod cuda_fake;
 mod cuda_faults;
 mod fake;
@@ -19,6 +20,7 @@ mod schedule;
 mod simulation;
 mod stack;
 mod tidy;
+mod verify;
 mod watchdog;
 mod weights;
 mod world;

@@ -123,6 +123,8 @@ class Report:
         h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
         pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
         staging_bytes: Page-locked bytes of the staging chunks.
+        verified_bytes: Bytes compared with their host source after they had arrived;
+            ``mismatches``: uses of blocks in which they were other ones. 0 without ``verify``.
         timeline: The timed uses, oldest first.
     """
 
@@ -139,6 +141,8 @@ class Report:
     pinned_bytes: int
     pin_failures: int
     staging_bytes: int
+    verified_bytes: int
+    mismatches: int
     timeline: tuple[Use, ...]
 
     def _steady(self) -> list[list[Use]]:
@@ -234,6 +238,9 @@ class Report:
         rows.append(("out of turn", out_of_turn))
         pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"
         rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
+        if self.verified_bytes:
+            verified = f"{format_bytes(self.verified_bytes)}, {self.mismatches} mismatches"
+            rows.append(("verified", verified))
         if self.errors:
             rows.append(("device errors", f"{self.errors}"))
         return "\n".join(["measured", *table(rows)])
