@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dgls_torch import _C, untraced
+from dgls_torch.interrupts import uninterrupted
 from dgls_torch.layout import Layout, empty_arena
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
@@ -19,7 +20,7 @@ from dgls_torch.weights import inner_tensors
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
-    from dgls_torch.weights import Weight
+    from dgls_torch.weights import Part, Weight
 
 _ops = torch.ops.dgls
 _RECORD = 9
@@ -90,11 +91,14 @@ class Engine:
             manual=config.resident is not None,
             resident_blocks=layout.chosen(config.resident or ()),
             window=-1 if config.prefetch is None else config.prefetch,
+            verify=config.verify,
+            names=_names(layout, sequence),
             # For tests: another driver than the arena's, and waits taken out.
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
         self._rebuilding = threading.Lock()
+        self._is_stale = False
         self._capsules: list[Any] = []
         self._hooks: list[tuple[Any, Any]] = []
         self._removers: list[Any] = []
@@ -126,6 +130,11 @@ class Engine:
     def is_open(self) -> bool:
         """Whether it was not closed yet."""
         return self._number is not None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process is a fork of the one that made the engine."""
+        return self._number is not None and _C.is_foreign(self._number)
 
     @property
     def arena_bytes(self) -> int:
@@ -224,10 +233,13 @@ class Engine:
         One thread at a time: views of one plan must not be bound for the next one, nor be told
         apart from it by a count that another thread is about to take back.
         """
-        with self._rebuilding:
+        with uninterrupted(), self._rebuilding:
             if _ops.wants_rebuild(self.number):
+                self._is_stale = True  # until the views are made, whatever comes between
                 _ops.rebuild(self.number, self._arena, self._budget)
+            if self._is_stale:
                 self._bind_views()
+                self._is_stale = False
 
     def check_idle(self) -> None:
         """Ends a use that an exception left unfinished.
@@ -272,10 +284,13 @@ class Engine:
         return max(0, peak - self._base_bytes)
 
     def close(self) -> None:
-        """Binds the masters, takes the hooks off, waits for the device, gives the arena back."""
+        """Binds the masters, takes the hooks off, waits for the device, gives the arena back.
+
+        In a fork the engine itself stays as it is: it belongs to the other process.
+        """
         for capsule in self._capsules:
             _C.shut(capsule)
-        if self._number is not None:
+        if self._number is not None and not self.is_foreign:
             self._runs_elsewhere()  # its kernels read the arena
         number, self._number = self._number, None
         try:
@@ -331,6 +346,8 @@ class Engine:
             pinned_bytes=stats[8],
             pin_failures=stats[9],
             staging_bytes=stats[10],
+            verified_bytes=stats[12],
+            mismatches=stats[13],
             timeline=tuple(self._timeline()),
         )
 
@@ -344,6 +361,12 @@ class Engine:
             name = self._layout.names[block]
             uses.append(Use(number // in_pass, name, size, stretch, *seconds))
         return uses
+
+
+def _names(layout: Layout, sequence: list[tuple[int, Part]]) -> str:
+    """The name of each tensor in the native order, one a line; parts of a parameter share it."""
+    of_part = {id(p): w.name for ws in layout.weights for w in ws for p in w.parts}
+    return "\n".join(of_part[id(part)].replace("\n", " ") for _, part in sequence)
 
 
 def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
