@@ -12,9 +12,11 @@ from torch import nn
 
 from dgls_torch.blocks import budget_shares, models_of
 from dgls_torch.config import StreamConfig
+from dgls_torch.interrupts import uninterrupted
 from dgls_torch.layout import Layout
 from dgls_torch.native import Engine
 from dgls_torch.pass_hooks import PassHooks
+from dgls_torch.shortage import Shortage, engine_that_fits
 
 if TYPE_CHECKING:
     import os
@@ -83,6 +85,8 @@ def stream(
         ValueError: The budget is too small (the message names the block and the smallest budget
             that works), no blocks were found, or weights are not where they should be.
         TypeError: An argument is of a wrong type or unknown.
+        torch.OutOfMemoryError: The weights do not fit on the device, after a second try with less
+            where the planner chooses.
         RuntimeError: The model is streamed already, or the device refuses.
     """
     given = {"vram": vram, "blocks": blocks, "exclude": exclude, "source": source}
@@ -110,14 +114,16 @@ class Stream:
         self._last: tuple[Plan, Report] | None = None
         self._finalizer = weakref.finalize(model, _forget, weakref.ref(self), self._parts)
         self._finalizer.atexit = False
+        self._shortage = Shortage()
         try:
-            self._parts.layout = Layout(model, config)
-            self._parts.engine = Engine(self._parts.layout, config, self._on_rebuild())
-            self._hooks = PassHooks(model, self)
+            with uninterrupted():
+                layout = self._parts.layout = Layout(model, config)
+                self._parts.engine = engine_that_fits(layout, config, self._on_rebuild())
+                self._hooks = PassHooks(model, self)
+                _live.add(self)
         except BaseException:
             self.detach()
             raise
-        _live.add(self)
 
     def _on_rebuild(self) -> Any:
         # Held by the hooks, so it must not keep the stream, and with it the weights, alive.
@@ -152,6 +158,7 @@ class Stream:
             raise RuntimeError("this stream was never attached")
         return self._last
 
+    @uninterrupted()
     def replan(self, vram: int | float | str | None = None) -> Plan:
         """Plans anew for a budget, or for the present one and what was learned meanwhile.
 
@@ -165,7 +172,13 @@ class Stream:
         old, layout = self._attached()
         config = self.config if vram is None else self.config.replace(vram=vram)
         old.check_idle()
-        budget, rebuild = layout.budget(config, old), self._on_rebuild()
+        self._replan(config, layout.budget(config, old))
+        return self.plan
+
+    def _replan(self, config: StreamConfig, budget: int) -> None:
+        """Goes on with another budget; the old plan stays in force where that is refused."""
+        old, layout = self._attached()
+        rebuild = self._on_rebuild()
         layout.check_budget(budget)
         order = old.order()
         old.close()  # there may be no room for both
@@ -178,13 +191,28 @@ class Stream:
             )
             raise
         self.config = config
-        return self.plan
+
+    def _note(self, error: BaseException) -> None:
+        """A pass ended by an exception."""
+        engine, layout = self._engine, self._layout
+        if isinstance(error, torch.OutOfMemoryError) and engine is not None and layout is not None:
+            self._shortage.note(error, layout, engine.vram_bytes, self.config)
+
+    @uninterrupted()
+    def _make_room(self) -> None:
+        """The pass before ran out of device memory: this one gets more beside the weights."""
+        engine, layout = self._attached()
+        smaller = self._shortage.take(layout, engine.vram_bytes)
+        if smaller is not None:
+            engine.check_idle()
+            self._replan(self.config, smaller)
 
     @property
     def is_suspended(self) -> bool:
         """Whether the model runs without the stream for now; see `suspend`."""
         return self._hooks is None
 
+    @uninterrupted()
     def suspend(self) -> None:
         """Takes the hooks off and restores the model, but keeps plan, arena and page-locks.
 
@@ -206,6 +234,7 @@ class Stream:
         hooks.remove()
         layout.restore()
 
+    @uninterrupted()
     def resume(self) -> None:
         """Puts the hooks on again after `suspend`. Does nothing twice.
 
@@ -239,6 +268,7 @@ class Stream:
             raise RuntimeError("this stream is detached; call stream() again")
         return self._engine, self._layout
 
+    @uninterrupted()
     def detach(self) -> None:
         """Takes the hooks off and restores every parameter and buffer. Waits for the device."""
         hooks, self._hooks = self._hooks, None
@@ -273,16 +303,18 @@ class _Parts:
         self.layout: Layout | None = None
         self.engine: Engine | None = None
 
+    @uninterrupted()
     def release(self) -> None:
         """Closes the engine and restores everything; does nothing twice."""
         engine, self.engine = self.engine, None
         layout, self.layout = self.layout, None
+        is_ours = engine is None or not engine.is_foreign
         try:
             if engine is not None:
                 engine.close()
         finally:
             if layout is not None:
-                layout.restore()
+                layout.restore(bring=is_ours)
 
 
 class StreamGroup:
@@ -317,6 +349,7 @@ class StreamGroup:
             s.replan(vram if whole is None else whole * share // total)
         return self.plan
 
+    @uninterrupted()
     def detach(self) -> None:
         """Detaches every model."""
         for s in self.streams.values():
