@@ -61,7 +61,7 @@ mod ffi {
         /// Uses that are copied ahead at most; negative: the planner chooses.
         window: i64,
         /// Test only, a sum: 1 no wait for ready, 2 none for done, 4 copies one use too early,
-        /// 8 a byte of every 41st copy changed.
+        /// 8 a byte of every 211th copy changed.
         faults: u32,
     }
 
@@ -218,7 +218,7 @@ fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
     let dropped = Dropped { ready, done, ..Dropped::default() };
     Ok(match spec.faults & 11 {
         0 => device,
-        faults => Arc::new(Mutant::new(device, dropped).corrupting(41 * u64::from(faults / 8))),
+        faults => Arc::new(Mutant::new(device, dropped).corrupting(211 * u64::from(faults / 8))),
     })
 }
 

@@ -16,11 +16,11 @@ from dgls_torch.interrupts import uninterrupted
 from dgls_torch.layout import Layout, empty_arena
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
-from dgls_torch.weights import inner_tensors
+from dgls_torch.weights import inner_tensors, part_names
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
-    from dgls_torch.weights import Part, Weight
+    from dgls_torch.weights import Weight
 
 _ops = torch.ops.dgls
 _RECORD = 9
@@ -51,7 +51,7 @@ class Engine:
             torch.OutOfMemoryError: The arena does not fit.
             RuntimeError: The device refuses.
         """
-        self._layout = layout
+        self._layout, self._config = layout, config
         self._on_rebuild = untraced.rarely(on_rebuild)
         self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
         layout.check_budget(self.vram_bytes)
@@ -92,7 +92,7 @@ class Engine:
             resident_blocks=layout.chosen(config.resident or ()),
             window=-1 if config.prefetch is None else config.prefetch,
             verify=config.verify,
-            names=_names(layout, sequence),
+            names=part_names(layout.weights, [p for _, p in sequence]),
             # For tests: another driver than the arena's, and waits taken out.
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
@@ -349,6 +349,8 @@ class Engine:
             verified_bytes=stats[12],
             mismatches=stats[13],
             timeline=tuple(self._timeline()),
+            last_errors=tuple(_ops.errors(self.number).splitlines()),
+            config=self._config,
         )
 
     def _timeline(self) -> list[Use]:
@@ -361,12 +363,6 @@ class Engine:
             name = self._layout.names[block]
             uses.append(Use(number // in_pass, name, size, stretch, *seconds))
         return uses
-
-
-def _names(layout: Layout, sequence: list[tuple[int, Part]]) -> str:
-    """The name of each tensor in the native order, one a line; parts of a parameter share it."""
-    of_part = {id(p): w.name for ws in layout.weights for w in ws for p in w.parts}
-    return "\n".join(of_part[id(part)].replace("\n", " ") for _, part in sequence)
 
 
 def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from dgls_torch.config import StreamConfig
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -126,6 +128,8 @@ class Report:
         verified_bytes: Bytes compared with their host source after they had arrived;
             ``mismatches``: uses of blocks in which they were other ones. 0 without ``verify``.
         timeline: The timed uses, oldest first.
+        last_errors: What the last errors said, oldest first; no paths.
+        config: What the stream was told.
     """
 
     plan: Plan
@@ -144,6 +148,8 @@ class Report:
     verified_bytes: int
     mismatches: int
     timeline: tuple[Use, ...]
+    last_errors: tuple[str, ...]
+    config: StreamConfig
 
     def _steady(self) -> list[list[Use]]:
         """The timed passes that have a timed successor, without the first."""
@@ -217,6 +223,19 @@ class Report:
         from dgls_torch.timeline import plot
 
         plot(self, path)
+
+    def bundle(self, path: str | os.PathLike[str]) -> None:
+        """Writes all that a bug report needs as JSON; docs/bundle.md says what is in it.
+
+        There are no paths in it, no names of files but their last part, and no variables of the
+        environment but those that begin with DGLS.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from dgls_torch.bundle import write
+
+        write(self, path)
 
     def __str__(self) -> str:
         """The report as a table."""

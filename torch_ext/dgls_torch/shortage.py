@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dgls_torch.units import GIB, KIB, MIB, format_bytes
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
     from dgls_torch.layout import Layout
+    from dgls_torch.report import Report
 
 _TRIED = re.compile(r"Tried to allocate ([0-9.]+) (GiB|MiB|KiB|bytes)")
 _UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB, "bytes": 1}
@@ -52,6 +54,7 @@ class Shortage:
     def __init__(self) -> None:
         """No pass has."""
         self._missing_bytes: int | None = None
+        self._last: str | None = None
 
     @property
     def is_noted(self) -> bool:
@@ -82,6 +85,13 @@ class Shortage:
                 f"{format_bytes(layout.least_bytes)}, leaves more for the rest"
             )
         error.args = (f"{error}\ndgls_torch: {hint}",)
+        self._last = str(error)
+
+    def told(self, engine: Engine) -> Report:
+        """The engine's report with the last shortage, of which the engine does not know."""
+        report = engine.report()
+        last = () if self._last is None else (self._last,)
+        return dataclasses.replace(report, last_errors=(*report.last_errors, *last))
 
     def take(self, layout: Layout, vram_bytes: int) -> int | None:
         """The budget of the next pass, once; ``None`` where there is none to change to."""

@@ -151,7 +151,7 @@ class Stream:
 
     def report(self) -> Report:
         """What was measured so far; the last report after `detach`. Never waits for the device."""
-        return self._engine.report() if self._engine is not None else self._kept()[1]
+        return self._kept()[1] if self._engine is None else self._shortage.told(self._engine)
 
     def _kept(self) -> tuple[Plan, Report]:
         if self._last is None:
@@ -277,7 +277,7 @@ class Stream:
         try:
             if self._engine is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._last = (self._engine.plan(), self._engine.report())
+                    self._last = (self._engine.plan(), self.report())
             if hooks is not None:
                 hooks.remove()
         finally:
