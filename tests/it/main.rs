@@ -6,6 +6,7 @@ mod batches;
 mod chaos;
 mod cuda_fake;
 mod cuda_faults;
+mod ended;
 mod fake;
 mod flaky;
 mod fuzz;
