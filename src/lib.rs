@@ -13,6 +13,7 @@ mod fence;
 pub mod plan;
 pub mod pool;
 pub mod probe;
+mod sync;
 mod units;
 
 pub use error::{Error, Result};

@@ -11,6 +11,10 @@ mod stager;
 mod trace;
 mod verify;
 
+#[cfg(all(test, loom))]
+#[path = "../../tests/loom/stager.rs"]
+mod stager_model;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -6,14 +6,13 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-
-use parking_lot::{Condvar, Mutex};
 
 use super::command::Command;
 use super::executor::Lane;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex};
 
 #[derive(Debug)]
 struct State {
@@ -58,7 +57,7 @@ impl Stager {
         });
         let thread = {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new()
+            thread::Builder::new()
                 .name("dgls-staging".into())
                 .spawn(move || shared.run(&lane))
                 .map_err(|e| Error::Invalid(format!("the staging thread did not start: {e}")))?

@@ -250,3 +250,10 @@ def test_ops(processes: Processes, seed: int, tmp_path: Path) -> None:
     worked, told = map(int, done.out.split())
     assert worked > rounds // 20
     assert told > rounds // 4
+
+
+@pytest.mark.parametrize("block", [2**16, 2**20, 2**32 - 1])
+def test_a_block_of_a_large_number_is_refused_at_once(block: int) -> None:
+    """As many blocks as the highest number says would be planned for."""
+    with pytest.raises(RuntimeError, match=rf"up to 65536 blocks, got {block + 1}"):
+        torch.ops.dgls.plan([1], [block], [], 512)

@@ -10,6 +10,10 @@ pub mod shim;
 mod shim_sys;
 mod worker;
 
+#[cfg(all(test, loom))]
+#[path = "../../../tests/loom/worker.rs"]
+mod worker_model;
+
 use std::sync::Arc;
 use std::thread::JoinHandle;
 

@@ -3,12 +3,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use super::HostOptions;
 use super::shim::{self, WeightFile};
 use crate::driver::{EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex, may_switch};
 use crate::units::index;
 
 /// To wake a thread takes as long as to copy about this much.
@@ -268,6 +267,7 @@ impl Shared {
 
     fn copy(&self, source: Source, target: u64, bytes: u64) {
         let begun = Instant::now();
+        may_switch();
         if let Err(error) = self.read(source, target, bytes) {
             self.state.lock().error.get_or_insert(error);
         }
