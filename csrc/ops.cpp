@@ -158,7 +158,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   spec.window = window;
   spec.verify = verify;
   std::istringstream lines(names);
-  for (std::string name; std::getline(lines, name);) spec.names.push_back(rust::String::lossy(name));
+  for (std::string name; std::getline(lines, name);)
+    spec.names.push_back(rust::String::lossy(name));
   spec.faults = narrow(faults, "faults");
   return add_state(std::make_shared<State>(std::move(arena), std::move(weights), stream_device,
                                            make_engine(spec)));
@@ -237,10 +238,10 @@ void op_reload(int64_t engine, int64_t block) {
 Ints op_stats(int64_t engine) {
   const StatsFacts stats = find_state(engine)->engine->stats();
   Ints flat;
-  for (uint64_t value : {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds,
-                         stats.errors, stats.passes, stats.bytes, stats.copies, stats.pinned_bytes,
-                         stats.pin_failures, stats.staging_bytes, stats.adopted,
-                         stats.verified_bytes, stats.mismatches}) {
+  for (uint64_t value :
+       {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds, stats.errors, stats.passes,
+        stats.bytes, stats.copies, stats.pinned_bytes, stats.pin_failures, stats.staging_bytes,
+        stats.adopted, stats.verified_bytes, stats.mismatches}) {
     flat.push_back(static_cast<int64_t>(value));
   }
   return flat;

@@ -216,7 +216,7 @@ fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
     };
     let (ready, done) = (spec.faults & 1 != 0, spec.faults & 2 != 0);
     let dropped = Dropped { ready, done, ..Dropped::default() };
-    Ok(match spec.faults & 11 {
+    Ok(match spec.faults & 0b1011 {
         0 => device,
         faults => Arc::new(Mutant::new(device, dropped).corrupting(211 * u64::from(faults / 8))),
     })

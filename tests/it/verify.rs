@@ -121,9 +121,12 @@ fn a_byte_that_changed_on_its_way_is_found_and_fetched_again() {
             let counters = engine.stats().counters;
             assert_eq!((counters.mismatches, counters.errors), (found, found));
             assert!(found >= if budget == all { 1 } else { 4 }, "{found} in {budget} bytes");
-            let last = engine.last_errors();
-            assert_eq!(last.len() as u64, found.min(16));
-            assert!(last.iter().all(|text| text.contains("arrived with other bytes")), "{last:?}");
+            let texts = engine.last_errors();
+            assert_eq!(texts.len() as u64, found.min(16));
+            assert!(
+                texts.iter().all(|text| text.contains("arrived with other bytes")),
+                "{texts:?}"
+            );
             assert_eq!(engine.stats().counters.uses, 100);
         }
     }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from helpers import Net, Pair, Snapshot, budgets, inputs, net, same, settle, threads
+from helpers import Net, Pair, Snapshot, budgets, inputs, net, same, settle, threads, told
 from safetensors.torch import save_file
 from torch import nn
 
@@ -184,21 +184,21 @@ class Round:
 
     def settled(self) -> None:
         """Passes until one comes to its end; each that does is right."""
-        last = ""
+        text: str | None = ""
         for _ in range(TRIES):
-            try:
-                assert same(self._run(), self.expected), "a wrong result"
-            except RuntimeError as error:
-                last = str(error)
-                self.sums.told += 1
-                assert len(str(error)) > 20, error
-                if "the engine stopped after an earlier error" in str(error):
-                    self.is_lost = True
-                    return
-            else:
+            text = told(self._right)
+            if text is None:
                 self.sums.passes += 1
                 return
-        raise AssertionError(f"no pass came to its end: {last}")
+            self.sums.told += 1
+            assert len(text) > 20, text
+            if "the engine stopped after an earlier error" in text:
+                self.is_lost = True
+                return
+        raise AssertionError(f"no pass came to its end: {text}")
+
+    def _right(self) -> None:
+        assert same(self._run(), self.expected), "a wrong result"
 
     # What may happen to a stream.
 
@@ -253,7 +253,7 @@ class Round:
             timer.start()
             while True:
                 with contextlib.suppress(RuntimeError):
-                    assert same(self._run(), self.expected)
+                    self._right()
                     stream.replan(self.chance.choice(self.sizes))
         except KeyboardInterrupt:
             pass
@@ -271,11 +271,10 @@ class Round:
             self.file.write_bytes(bytes(len(contents)))
         os.utime(self.file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
         for _ in range(2):
-            try:
-                assert same(self._run(), self.expected), "a wrong result"
-            except RuntimeError as error:
+            text = told(self._right)
+            if text is not None:
                 self.sums.told += 1
-                assert "changed while in use" in str(error) or "earlier error" in str(error), error
+                assert "changed while in use" in text or "earlier error" in text, text
         self.file.write_bytes(contents)
         os.utime(self.file, ns=(status.st_atime_ns, status.st_mtime_ns))
 

@@ -47,11 +47,17 @@ def _restore(replaced: dict[int, Any]) -> None:
     """Puts every handler back, although one that is back may raise at once."""
     raised: BaseException | None = None
     while replaced:
-        try:
-            number = next(iter(replaced))
-            signal.signal(number, replaced[number])
-            del replaced[number]
-        except BaseException as error:
-            raised = raised or error
+        error = _restore_one(replaced)
+        raised = raised or error
     if raised is not None:
         raise raised
+
+
+def _restore_one(replaced: dict[int, Any]) -> BaseException | None:
+    try:
+        number = next(iter(replaced))
+        signal.signal(number, replaced[number])
+        del replaced[number]
+    except BaseException as error:
+        return error
+    return None
