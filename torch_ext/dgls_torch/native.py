@@ -273,8 +273,12 @@ class Engine:
         _ops.begin_pass(self.number)
 
     def end_pass(self) -> None:
-        """The model's forward has ended."""
-        _ops.end_pass(self.number)
+        """The model's forward has ended. Does nothing once another thread has closed the engine."""
+        try:
+            _ops.end_pass(self.number)
+        except RuntimeError:
+            if self.is_open:
+                raise
 
     def activation_bytes(self) -> int | None:
         """Most that the model used beside its weights since the engine was made; CUDA only."""
