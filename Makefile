@@ -95,6 +95,25 @@ endif
 test: | preflight-check ## run everything that CI runs: Rust and Python tests, audits, lints
 	+@MAKE="$(MAKE)" scripts/test-all
 
+# Seeds begin at SEED; the Rust half does not end before 10,000 faults.
+.PHONY: soak
+SECONDS_EACH ?= 60
+SEED ?= 0
+soak: $(main)/.wheel ## meet faults of all kinds for a while: [SECONDS_EACH=60] [SEED=0]
+	@$(cargo) test --locked --quiet --no-run --package dgls_core --test it
+	@DGLS_IT_CHILD=1 DGLS_SEED=$(SEED) DGLS_SOAK_SECONDS=$(SECONDS_EACH) DGLS_SOAK_FAULTS=10000 \
+	  $(cargo) test --locked --quiet --package dgls_core --test it -- --nocapture chaos:: \
+	  | grep '^chaos:'
+	@$(cargo) build --locked --quiet --package fakecuda
+	@FAKE="$$(find "$${CARGO_TARGET_DIR:-target}/debug" -maxdepth 1 -name libcuda.so)" \
+	  $(python) tests/python/soak.py --seconds $(SECONDS_EACH) --seed $(SEED)
+
+# Compiled into a folder of its own: every crate is another one with this flag.
+.PHONY: loom
+loom: | preflight ## check the hand-over between threads in every interleaving
+	@RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$${CARGO_TARGET_DIR:-target}/loom" \
+	  $(cargo) test --locked --package dgls_core --lib --release -- _model
+
 # What can be fetched and compiled side by side, so that the steps after it need not wait.
 prepare: $(main)/.ready $(alt)/.ready rust-ready $(build)/cargo-deny
 

@@ -80,6 +80,7 @@ bool Block::take_back() {
   if (!is_bound) return true;
   stolen_from.push_back(owner);
   const bool ok = unbind();
+  if (state->is_foreign()) return ok;
   try {
     // On the stream on which it began: its kernels may still read the arena.
     state->engine->exit(stream);

@@ -53,8 +53,10 @@ bool take_back_active(State& state) {
   return state.active == nullptr || state.active->take_back();
 }
 
+// Also where an earlier one was broken off before the views were made.
 bool rebuild_if_wanted(Block& block) {
-  if (!block.state->engine->wants_rebuild()) return true;
+  const bool is_stale = block.layout != block.state->layout;
+  if (!is_stale && !block.state->engine->wants_rebuild()) return true;
   PyObject* done = PyObject_CallNoArgs(block.on_rebuild.get());
   Py_XDECREF(done);
   return done != nullptr;
@@ -66,6 +68,10 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
   if (count < 1 || !block->is_open || !block->is_for(args[0])) Py_RETURN_NONE;
   const std::shared_ptr<State> held = block->state;  // another thread may detach meanwhile
   State& state = *held;
+  if (state.is_foreign()) {
+    PyErr_SetString(PyExc_RuntimeError, kForked);
+    return nullptr;
+  }
   block->forget_stolen(PyThread_get_thread_ident());
   bool changed = false;
   if (!take_back_active(state) || !block->allows_grad_mode() || !block->check_masters(changed) ||
@@ -113,6 +119,10 @@ PyObject* after_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t cou
   {
     const KeepError keep;
     ok = block->unbind() && ok;
+  }
+  if (state.is_foreign()) {
+    if (ok) PyErr_SetString(PyExc_RuntimeError, kForked);
+    return nullptr;
   }
   ok = ok && (count < 3 || !block->returns_weights(state, args[2], 0));
   ok = ok && (!block->had_grad_mode || block->invalidate_saved());
@@ -258,6 +268,12 @@ PyObject* take_back(PyObject*, PyObject* number) {
   Py_RETURN_NONE;
 }
 
+PyObject* is_foreign_engine(PyObject*, PyObject* number) {
+  const long long engine = PyLong_AsLongLong(number);
+  if (engine == -1 && PyErr_Occurred()) return nullptr;
+  return PyBool_FromLong(is_foreign(engine) ? 1 : 0);
+}
+
 PyObject* runner(PyObject*, PyObject* number) {
   const long long engine = PyLong_AsLongLong(number);
   if (engine == -1 && PyErr_Occurred()) return nullptr;
@@ -282,6 +298,8 @@ PyMethodDef kMethods[] = {
     {"unhook", unhook, METH_O, "unhook(capsule): masters are bound, the hooks do nothing."},
     {"runner", runner, METH_O,
      "runner(engine): the thread whose block is bound to the arena now, or 0."},
+    {"is_foreign", is_foreign_engine, METH_O,
+     "is_foreign(engine): whether this process is a fork of the one that made it."},
     {"take_back", take_back, METH_O,
      "take_back(engine): ends a use that an exception left unfinished."},
     {nullptr, nullptr, 0, nullptr}};

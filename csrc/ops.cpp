@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 
 #include "state.h"
@@ -133,7 +134,7 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
-                  int64_t window) {
+                  int64_t window, bool verify, std::string names) {
   check_arena(arena);
   EngineSpec spec;
   spec.device = device_of(arena, driver);
@@ -155,6 +156,10 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   spec.manual = manual;
   spec.resident_blocks = blocks_of(resident_blocks, "resident_blocks");
   spec.window = window;
+  spec.verify = verify;
+  std::istringstream lines(names);
+  for (std::string name; std::getline(lines, name);)
+    spec.names.push_back(rust::String::lossy(name));
   spec.faults = narrow(faults, "faults");
   return add_state(std::make_shared<State>(std::move(arena), std::move(weights), stream_device,
                                            make_engine(spec)));
@@ -242,12 +247,21 @@ void op_reload(int64_t engine, int64_t block) {
 Ints op_stats(int64_t engine) {
   const StatsFacts stats = find_state(engine)->engine->stats();
   Ints flat;
-  for (uint64_t value : {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds,
-                         stats.errors, stats.passes, stats.bytes, stats.copies, stats.pinned_bytes,
-                         stats.pin_failures, stats.staging_bytes, stats.adopted}) {
+  for (uint64_t value :
+       {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds, stats.errors, stats.passes,
+        stats.bytes, stats.copies, stats.pinned_bytes, stats.pin_failures, stats.staging_bytes,
+        stats.adopted, stats.verified_bytes, stats.mismatches}) {
     flat.push_back(static_cast<int64_t>(value));
   }
   return flat;
+}
+
+std::string op_errors(int64_t engine) {
+  std::string lines;
+  for (const rust::String& error : find_state(engine)->engine->last_errors()) {
+    lines.append(error.data(), error.size()).push_back('\n');
+  }
+  return lines;
 }
 
 Ints op_trace(int64_t engine) {

@@ -15,7 +15,11 @@ struct Table {
 
 // Never destroyed: at process exit the driver may be gone before static objects are.
 Table& table() {
-  static Table* const instance = new Table;
+  static Table* const instance = [] {
+    Table* const made = new Table;
+    watch_forks(made->mutex);
+    return made;
+  }();
   return *instance;
 }
 
@@ -47,7 +51,14 @@ std::shared_ptr<State> find_state(int64_t number) {
     throw std::runtime_error("dgls engine " + std::to_string(number) +
                              " does not exist; it was never created, or was destroyed");
   }
+  if (found->second->is_foreign()) throw std::runtime_error(kForked);
   return found->second;
+}
+
+bool is_foreign(int64_t number) {
+  std::lock_guard<std::mutex> lock(table().mutex);
+  const auto found = table().states.find(number);
+  return found != table().states.end() && found->second->is_foreign();
 }
 
 void drop_state(int64_t number) {
@@ -55,7 +66,8 @@ void drop_state(int64_t number) {
   {
     std::lock_guard<std::mutex> lock(table().mutex);
     const auto found = table().states.find(number);
-    if (found == table().states.end()) return;
+    // In a fork it stays for good: to destroy it would join threads that are not there.
+    if (found == table().states.end() || found->second->is_foreign()) return;
     state = std::move(found->second);
     table().states.erase(found);
   }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dgls/src/bridge.rs.h"
+#include "fork.h"
 #include "rust/cxx.h"
 #include "stable.h"
 
@@ -26,6 +27,10 @@ struct State {
         stream_device(device),
         engine(std::move(handle)) {}
 
+  // Whether another process made it, of which this one is a fork: the engine must not be touched,
+  // since its threads are not here, and one of them may have had its lock.
+  bool is_foreign() const { return born != forks(); }
+
   Tensor arena;
   std::vector<Tensor> weights;
   // Device whose current stream torch is asked for; -1: the CPU computes.
@@ -39,8 +44,15 @@ struct State {
   // Tensors that an op took for the hooks that are made next. Ops run without the GIL.
   std::mutex handed_mutex;
   std::vector<Tensor> handed;
+  const uint64_t born = forks();
   rust::Box<Handle> engine;
 };
+
+// What a fork is told.
+constexpr const char* kForked =
+    "dgls: this process is a fork of the one that streams the model, and the threads that copy its "
+    "weights are not here; call detach() in the fork to use the model there without its stream, or "
+    "start processes with the method 'spawn'";
 
 // Puts tensors where the next `take_handed` finds them.
 void hand_over(State& state, std::vector<Tensor> tensors);
@@ -49,10 +61,13 @@ std::vector<Tensor> take_handed(State& state);
 // Makes an engine known under a new number.
 int64_t add_state(std::shared_ptr<State> state);
 
-// The engine with this number; throws std::runtime_error if there is none.
+// The engine with this number; throws std::runtime_error if there is none, and in a fork.
 std::shared_ptr<State> find_state(int64_t number);
 
-// Forgets the number and closes the engine; does nothing for an unknown one.
+// Whether the engine with this number was made before this process was forked off.
+bool is_foreign(int64_t number);
+
+// Forgets the number and closes the engine; does nothing for an unknown one, nor in a fork.
 void drop_state(int64_t number);
 
 }  // namespace dgls

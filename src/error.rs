@@ -48,6 +48,25 @@ pub enum Error {
         /// The system's words, or what was found.
         reason: String,
     },
+    /// What arrived on the device is not what the host has.
+    #[error(
+        "block {block}: {tensor} of {bytes} bytes arrived with other bytes from byte {offset} on: \
+         hash {found:016x} on the device, {expected:016x} of its host source"
+    )]
+    Corrupt {
+        /// Index of the block.
+        block: u32,
+        /// Name or number of the tensor.
+        tensor: String,
+        /// The first byte within it that differs.
+        offset: u64,
+        /// Size of the tensor.
+        bytes: u64,
+        /// `XXH3` of the host's bytes.
+        expected: u64,
+        /// `XXH3` of the device's bytes.
+        found: u64,
+    },
     /// Host memory could not be page-locked.
     #[error("page-locking {bytes} bytes failed: {reason}")]
     PageLock {

@@ -9,9 +9,11 @@ mod bridge;
 pub mod driver;
 pub mod engine;
 mod error;
+mod fence;
 pub mod plan;
 pub mod pool;
 pub mod probe;
+mod sync;
 mod units;
 
 pub use error::{Error, Result};

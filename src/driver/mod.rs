@@ -196,6 +196,15 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// Gives back what [`Device::allocate_chunk`] returned; no copy may use it any more.
     fn free_chunk(&self, address: u64, bytes: u64);
 
+    /// Looks at the files that sources lie in, and reads nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Read`] for one that changed since it was opened.
+    fn check_files(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Reads `bytes` bytes of `source` into host memory at `address`. Blocks.
     ///
     /// # Errors
@@ -216,6 +225,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     ///
     /// [`crate::Error::Driver`].
     fn wait_chunk(&self, chunk: u32) -> Result<()>;
+
+    /// Compute stream: reads device memory into host memory at `address`, as a kernel enqueued now
+    /// would see it. Blocks until it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`], or [`crate::Error::Invalid`] for a device without bytes.
+    fn read_back(&self, _from: u64, _address: u64, _bytes: u64, _on: ComputeStream) -> Result<()> {
+        Err(crate::Error::Invalid("this device cannot be read back".into()))
+    }
 
     /// Page-locks host memory in place, at its exact size rounded out to pages.
     ///

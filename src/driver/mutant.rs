@@ -1,7 +1,8 @@
-//! Any device with a wait taken out, or batches gone wrong. Test only: shows that the tests would
-//! notice.
+//! Any device with a wait taken out, batches gone wrong, or bytes changed on their way. Test only:
+//! shows that the tests, and the check of what arrived, would notice.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::Result;
@@ -35,18 +36,39 @@ pub struct Mutant {
     inner: Arc<dyn Device>,
     dropped: Dropped,
     batches: Batches,
+    /// One byte of every such copy arrives changed; 0: of none.
+    corrupt_every: u64,
+    copies: AtomicU64,
 }
 
 impl Mutant {
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn Device>, dropped: Dropped) -> Self {
-        Self { inner, dropped, batches: Batches::Right }
+        let (batches, copies) = (Batches::Right, AtomicU64::new(0));
+        Self { inner, dropped, batches, corrupt_every: 0, copies }
     }
 
     /// Does this to batches.
     #[must_use]
     pub fn with_batches(self, batches: Batches) -> Self {
         Self { batches, ..self }
+    }
+
+    /// Changes a byte of every `every`-th copy on its way to the device.
+    #[must_use]
+    pub fn corrupting(self, every: u64) -> Self {
+        Self { corrupt_every: every, ..self }
+    }
+
+    /// Counts one copy, and changes its byte in the middle if it is one to change.
+    fn corrupt(&self, copy: &H2d) -> Result<()> {
+        let due = |number: u64| self.corrupt_every > 0 && number % self.corrupt_every == 0;
+        if copy.bytes == 0 || !due(1 + self.copies.fetch_add(1, Ordering::Relaxed)) {
+            return Ok(());
+        }
+        let (byte, middle) = (AtomicU8::new(0), copy.bytes / 2);
+        self.inner.read(copy.source.advanced(middle), byte.as_ptr() as u64, 1)?;
+        self.inner.fill(copy.target + middle, 1, !byte.load(Ordering::Relaxed))
     }
 }
 
@@ -55,14 +77,18 @@ impl Device for Mutant {
         self.inner.prepare(slots, chunks)
     }
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
-        self.inner.copy(source, target, bytes)
+        self.inner.copy(source, target, bytes)?;
+        self.corrupt(&H2d { source, target, bytes })
     }
     fn copy_within(&self, from: u64, to: u64, bytes: u64) -> Result<()> {
         self.inner.copy_within(from, to, bytes)
     }
     fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
         match &self.batches {
-            Batches::Right => self.inner.copy_batch(copies),
+            Batches::Right => {
+                self.inner.copy_batch(copies)?;
+                copies.iter().try_for_each(|copy| self.corrupt(copy))
+            }
             Batches::Short => self.inner.copy_batch(&copies[1..]),
             Batches::Astray(other) => other.copy_batch(copies),
         }
@@ -106,8 +132,14 @@ impl Device for Mutant {
     fn free_chunk(&self, address: u64, bytes: u64) {
         self.inner.free_chunk(address, bytes);
     }
+    fn check_files(&self) -> Result<()> {
+        self.inner.check_files()
+    }
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.inner.read(source, address, bytes)
+    }
+    fn read_back(&self, from: u64, address: u64, bytes: u64, on: ComputeStream) -> Result<()> {
+        self.inner.read_back(from, address, bytes, on)
     }
     fn mark_chunk(&self, chunk: u32) -> Result<()> {
         self.inner.mark_chunk(chunk)

@@ -66,6 +66,8 @@ pub struct Options {
     pub timing: bool,
     /// Look for better plans, with the times of those passes and of others where times changed.
     pub adapt: Adapt,
+    /// Compare the bytes of each use with their host source before it begins. Slow.
+    pub verify: bool,
     /// Test only: how many uses too early a copy is enqueued. 0 is the contract.
     pub early: u64,
 }

@@ -8,7 +8,8 @@ use super::executor::{CopySide, Executor, Moved};
 use super::feed::{lock_streamed, staging_for, weights_of};
 use super::order::Order;
 use super::schedule::Schedule;
-use super::trace::{Counters, Trace};
+use super::trace::{Counters, ErrorLog, Trace};
+use super::verify::Verifier;
 use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
@@ -46,6 +47,8 @@ pub(super) struct Core {
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Plan>,
     pub(super) counters: Counters,
+    pub(super) errors: ErrorLog,
+    pub(super) verifier: Verifier,
     pub(super) commands: Vec<Command>,
     /// For each event slot, the number of the timed use whose times were not read yet.
     pub(super) unread: Vec<Option<u64>>,
@@ -119,6 +122,8 @@ impl Core {
             review: Review::default(),
             proposal: None,
             counters: Counters::default(),
+            errors: ErrorLog::default(),
+            verifier: Verifier::default(),
             commands: Vec::with_capacity(capacity),
             unread: vec![None; index(slots)],
             active_timed: None,
@@ -199,6 +204,10 @@ impl Core {
         self.forget_times(entered.slot);
         self.active_timed = entered.number.filter(|_| entered.timed);
         self.run(compute, last)?;
+        if self.spec.options.verify {
+            let checked = self.verify(entered.position, compute);
+            checked.inspect_err(|error| self.failed(error, compute, last))?;
+        }
         self.entered_on = compute;
         let passes = self.order.passes();
         self.order.seen(block);
@@ -278,6 +287,7 @@ impl Core {
     /// What is on the device is not known any more: bring all of it again, or refuse to go on.
     fn failed(&mut self, error: &Error, compute: ComputeStream, last: Option<EventSlot>) {
         self.counters.errors += 1;
+        self.errors.note(error);
         self.active_timed = None;
         let settled =
             if error.is_sticky() { Err(error.clone()) } else { self.settle(compute, last) };
@@ -317,14 +327,14 @@ impl Core {
     /// Ends all work and gives the host memory back. An error that poisoned the engine was told
     /// already.
     pub(super) fn close(&mut self) -> Result<()> {
+        // If this panics, no later call is to find the engine open.
+        let before = std::mem::replace(&mut self.life, Life::Busy);
         let stopped = self.stop();
         let stats = self.stats();
         drop(self.executor.take_staging());
         self.pins = Pins::none(Arc::clone(&self.device));
-        match std::mem::replace(&mut self.life, Life::Closed(stats)) {
-            Life::Poisoned(_) => Ok(()),
-            _ => stopped,
-        }
+        self.life = Life::Closed(stats);
+        if matches!(before, Life::Poisoned(_)) { Ok(()) } else { stopped }
     }
 
     pub(super) fn moved(&self) -> (u64, u64) {

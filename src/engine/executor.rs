@@ -3,14 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
-
 use super::command::Command;
 use super::stager::Stager;
 use crate::driver::{ComputeStream, Device, H2d, Source};
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program};
 use crate::pool::{Arena, Staging};
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::{align_up, index};
 
 /// Most copies that wait to be enqueued together.
@@ -96,7 +95,7 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    fn new(side: CopySide) -> Self {
+    pub(super) fn new(side: CopySide) -> Self {
         Self { side, gathered: Vec::with_capacity(MOST_GATHERED) }
     }
 

@@ -9,8 +9,12 @@ mod order;
 mod schedule;
 mod stager;
 mod trace;
+mod verify;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(all(test, loom))]
+#[path = "../../tests/loom/stager.rs"]
+mod stager_model;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,6 +30,7 @@ pub use trace::{Counters, Record, Trace};
 use self::core::{Before, Core};
 use crate::driver::{ComputeStream, Device, Source};
 use crate::error::{Error, Result};
+use crate::fence::fence;
 use crate::plan::{Plan, Profile, bound_s, period_s, plan};
 use crate::pool::Arena;
 
@@ -36,6 +41,8 @@ pub struct Spec {
     pub profile: Profile,
     /// Where each tensor of the profile lies.
     pub sources: Vec<Source>,
+    /// A name for each tensor, for messages; may be empty.
+    pub names: Vec<String>,
     /// Device bytes for block weights.
     pub budget_bytes: u64,
     /// Most host bytes to page-lock in place.
@@ -183,6 +190,16 @@ impl Engine {
         if core.is_closed() { Ok(()) } else { core.call(|core| core.exit(compute)) }
     }
 
+    /// Whether what is still to be read from files can be: best asked before a pass.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`] for a file that changed since it was opened. The engine goes on: a pass
+    /// would be told the same at its first read.
+    pub fn check_files(&self) -> Result<()> {
+        self.core.lock().check_files()
+    }
+
     /// A pass of the whole model begins.
     pub fn begin_pass(&self) {
         self.core.lock().order.begin();
@@ -249,6 +266,11 @@ impl Engine {
         self.core.lock().stats()
     }
 
+    /// What the last errors said, oldest first.
+    pub fn last_errors(&self) -> Vec<String> {
+        self.core.lock().errors.texts()
+    }
+
     /// The timed uses, oldest first, with those whose marks have passed meanwhile.
     pub fn records(&self) -> Vec<Record> {
         self.core.lock().records()
@@ -270,6 +292,6 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // An error here has no one to go to, and a panic would end the process; the device is
         // released either way.
-        let _ = catch_unwind(AssertUnwindSafe(|| self.close()));
+        let _ = fence(|| self.close());
     }
 }

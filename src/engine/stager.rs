@@ -6,20 +6,21 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-
-use parking_lot::{Condvar, Mutex};
 
 use super::command::Command;
 use super::executor::Lane;
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex};
 
 #[derive(Debug)]
 struct State {
     queue: VecDeque<Command>,
     busy: bool,
     stop: bool,
+    /// The thread is no more: whoever waited for it would wait for ever.
+    ended: bool,
     /// The last *ready* that is enqueued on the copy stream.
     issued_ticket: u64,
     /// The first error since the last reset; no later ticket is ever issued.
@@ -47,6 +48,7 @@ impl Stager {
                 queue: VecDeque::with_capacity(capacity * 2),
                 busy: false,
                 stop: false,
+                ended: false,
                 issued_ticket: 0,
                 error: None,
             }),
@@ -55,7 +57,7 @@ impl Stager {
         });
         let thread = {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new()
+            thread::Builder::new()
                 .name("dgls-staging".into())
                 .spawn(move || shared.run(&lane))
                 .map_err(|e| Error::Invalid(format!("the staging thread did not start: {e}")))?
@@ -72,7 +74,7 @@ impl Stager {
     /// stream itself.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.shared.state.lock();
-        state.queue.is_empty() && !state.busy && state.error.is_none()
+        state.queue.is_empty() && !state.busy && state.error.is_none() && !state.ended
     }
 
     /// The calling thread has enqueued a *ready* itself, while this one was idle.
@@ -87,6 +89,9 @@ impl Stager {
         while state.issued_ticket < ticket {
             if let Some(error) = &state.error {
                 return Err(error.clone());
+            }
+            if state.ended {
+                return Err(Error::Internal("the staging thread has ended".into()));
             }
             if state.queue.is_empty() && !state.busy {
                 return Err(Error::Internal(format!("copies {ticket} were never asked for")));
@@ -130,14 +135,26 @@ impl Drop for Stager {
         self.shared.state.lock().stop = true;
         self.shared.work.notify_one();
         if let Some(thread) = self.thread.take() {
-            // It cannot have panicked: its commands run inside a fence.
+            // If it panicked, `Ended` has told whoever waited.
             let _ = thread.join();
         }
     }
 }
 
+/// Tells whoever waits that the thread is no more, however it ended.
+struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        (state.ended, state.busy) = (true, false);
+        self.0.ran.notify_all();
+    }
+}
+
 impl Shared {
     fn run(&self, lane: &Mutex<Lane>) {
+        let _told = Ended(self);
         while let Some(command) = self.next() {
             let run = || lane.lock().run(command);
             let done = catch_unwind(AssertUnwindSafe(run))

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::driver::UseTimes;
+use crate::error::Error;
 
 /// One timed use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,10 @@ pub struct Counters {
     pub adopted: u64,
     /// Errors of the device.
     pub errors: u64,
+    /// Bytes that were compared with their host source after they had arrived.
+    pub verified_bytes: u64,
+    /// Uses whose bytes were other ones.
+    pub mismatches: u64,
 }
 
 /// The last timed uses, oldest first, in fixed memory.
@@ -73,5 +78,24 @@ impl Trace {
     /// The uses, oldest first.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.iter()
+    }
+}
+
+/// The last errors, for a report: an engine that failed a thousand times keeps as many as ever.
+#[derive(Debug, Default)]
+pub(super) struct ErrorLog(VecDeque<String>);
+
+impl ErrorLog {
+    const MOST: usize = 16;
+
+    pub(super) fn note(&mut self, error: &Error) {
+        if self.0.len() == Self::MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back(error.to_string());
+    }
+
+    pub(super) fn texts(&self) -> Vec<String> {
+        self.0.iter().cloned().collect()
     }
 }

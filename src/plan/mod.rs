@@ -103,6 +103,9 @@ impl Profile {
 
     fn check(&self) -> Result<()> {
         const LIMIT: usize = 1 << 24;
+        // A block's number is the caller's: one tensor of block a million means a million blocks,
+        // over which planning would take minutes.
+        const MOST_BLOCKS: usize = 1 << 16;
         if self.tensors.len() > LIMIT || self.order.len() > LIMIT {
             return Err(Error::Invalid(format!(
                 "a plan takes up to {LIMIT} tensors and uses, got {} and {}",
@@ -121,8 +124,9 @@ impl Profile {
             };
         }
         let blocks = self.blocks();
-        if blocks > LIMIT {
-            return Err(Error::Invalid(format!("a plan takes up to {LIMIT} blocks, got {blocks}")));
+        if blocks > MOST_BLOCKS {
+            let found = format!("a plan takes up to {MOST_BLOCKS} blocks, got {blocks}");
+            return Err(Error::Invalid(found));
         }
         if let Some(resident) = &self.resident_blocks {
             if let Some(block) = resident.iter().find(|&&block| index(block) >= blocks) {

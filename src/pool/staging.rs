@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::driver::{Device, Source};
 use crate::error::Result;
+use crate::fence::fence;
 
 /// The chunks, used in turn. A chunk is filled again only after the copy out of it has passed.
 #[derive(Debug)]
@@ -68,8 +69,8 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         // Copies out of the chunks may still be in flight. An error here was told already, by the
-        // call that caused it; the chunks are given back in any case.
-        let _ = self.device.quiesce(None);
+        // call that caused it; the chunks are given back in any case, a panic's as well.
+        let _ = fence(|| self.device.quiesce(None));
         for &address in &self.chunks {
             self.device.free_chunk(address, self.chunk_bytes);
         }

@@ -75,6 +75,7 @@ impl<'a> Rig<'a> {
             staging_bytes: 3 << 16,
             trace_uses: 100,
             options: Options { timing: setup.timing, ..Options::default() },
+            ..Spec::default()
         };
         let arena = Pages::new(setup.budget).expect("host memory");
         let engine = Engine::new(device, spec, arena.address(), setup.budget)?;

@@ -1,19 +1,43 @@
 //! Any device of which some calls fail, once each, without having done anything but the copies of a
 //! batch before the one that fails, and whose reads can be held back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dgls_core::driver::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use dgls_core::{Error, Result};
 use parking_lot::{Condvar, Mutex};
 
+/// How a call fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Fault {
+    Refused,
+    OutOfMemory,
+    /// And every call after it.
+    Lost,
+    Panics,
+    /// A panic that gets out of every fence but the one around C++'s calls: it ends a thread.
+    Kills,
+}
+
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            std::panic::panic_any("a thread was killed");
+        }
+    }
+}
+
 /// Fails the calls with the given numbers, counted over all fallible calls.
 #[derive(Debug)]
 pub(crate) struct Flaky {
     inner: Arc<dyn Device>,
-    failing: BTreeSet<u64>,
+    failing: BTreeMap<u64, Fault>,
+    kinds: Mutex<Vec<Fault>>,
+    lost: AtomicBool,
     calls: AtomicU64,
     fired: AtomicU64,
     held: Mutex<bool>,
@@ -22,9 +46,15 @@ pub(crate) struct Flaky {
 
 impl Flaky {
     pub(crate) fn new(inner: Arc<dyn Device>, failing: BTreeSet<u64>) -> Self {
+        Self::with(inner, failing.into_iter().map(|number| (number, Fault::Refused)).collect())
+    }
+
+    pub(crate) fn with(inner: Arc<dyn Device>, failing: BTreeMap<u64, Fault>) -> Self {
         Self {
             inner,
             failing,
+            kinds: Mutex::default(),
+            lost: AtomicBool::new(false),
             calls: AtomicU64::new(0),
             fired: AtomicU64::new(0),
             held: Mutex::new(false),
@@ -43,12 +73,29 @@ impl Flaky {
         self.fired.load(Ordering::SeqCst)
     }
 
+    /// How those calls have failed.
+    pub(crate) fn kinds(&self) -> Vec<Fault> {
+        self.kinds.lock().clone()
+    }
+
     fn attempt(&self, call: &'static str) -> Result<()> {
-        if self.failing.contains(&self.calls.fetch_add(1, Ordering::SeqCst)) {
-            self.fired.fetch_add(1, Ordering::SeqCst);
-            return Err(Error::Driver { call, code: 1, name: "injected".into() });
+        let number = self.calls.fetch_add(1, Ordering::SeqCst);
+        let refused = |code| Err(Error::Driver { call, code, name: "injected".into() });
+        let Some(&fault) = self.failing.get(&number) else {
+            return if self.lost.load(Ordering::SeqCst) { refused(719) } else { Ok(()) };
+        };
+        self.fired.fetch_add(1, Ordering::SeqCst);
+        self.kinds.lock().push(fault);
+        match fault {
+            Fault::Refused => refused(1),
+            Fault::OutOfMemory => refused(2),
+            Fault::Lost => {
+                self.lost.store(true, Ordering::SeqCst);
+                refused(719)
+            }
+            Fault::Panics => panic!("injected into {call}"),
+            Fault::Kills => std::panic::panic_any(Bomb),
         }
-        Ok(())
     }
 }
 
@@ -122,10 +169,17 @@ impl Device for Flaky {
     fn free_chunk(&self, address: u64, bytes: u64) {
         self.inner.free_chunk(address, bytes);
     }
+    fn check_files(&self) -> Result<()> {
+        self.inner.check_files()
+    }
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.attempt("read")?;
         self.let_go.wait_while(&mut self.held.lock(), |held| *held);
         self.inner.read(source, address, bytes)
+    }
+    fn read_back(&self, from: u64, address: u64, bytes: u64, on: ComputeStream) -> Result<()> {
+        self.attempt("read_back")?;
+        self.inner.read_back(from, address, bytes, on)
     }
     fn mark_chunk(&self, chunk: u32) -> Result<()> {
         self.attempt("mark_chunk")?;

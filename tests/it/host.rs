@@ -172,6 +172,49 @@ fn a_file_that_is_too_short_is_an_error_at_the_blocks_that_need_it() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn an_input_output_error_is_told_in_the_systems_words() {
+    let weights = model();
+    let (least, _) = weights.stack.budgets();
+    // Whose first pages cannot be read: EIO.
+    let file = WeightFile::open("/proc/self/mem").expect("Linux has it");
+    let options = HostOptions { files: vec![file], ..HostOptions::default() };
+    let Rig { arena, engine } = rig(&weights, weights.in_file(), options, 2 * least);
+    for _ in 0..3 {
+        let error = weights.use_block(&engine, arena.address(), 0).expect_err("EIO");
+        let Error::Read { file, reason, .. } = error else { panic!("{error}") };
+        assert_eq!(file, "mem");
+        assert!(reason.starts_with("Input/output error"), "{reason}");
+    }
+    engine.close().expect("the device is whole");
+}
+
+#[test]
+fn a_file_that_changed_is_told_before_the_pass() {
+    let weights = model();
+    let (least, all) = weights.stack.budgets();
+    for budget in [2 * least, all] {
+        let file = Scratch::new(&weights.contents());
+        touch(&file, 0);
+        let Rig { arena, engine } = rig(&weights, weights.in_file(), files(&[&file]), budget);
+        engine.check_files().expect("as it was opened");
+        weights.pass(&engine, arena.address()).expect("no faults");
+        touch(&file, 1);
+        let told = engine.check_files();
+        if budget == all {
+            told.expect("every byte is on the device for good");
+        } else {
+            let Err(Error::Read { reason, .. }) = told else { panic!("{told:?}") };
+            assert!(reason.contains("changed while in use"), "{reason}");
+            assert_eq!(engine.last_errors().len(), 1);
+        }
+        touch(&file, 0);
+        engine.check_files().expect("as it was opened");
+        weights.pass(&engine, arena.address()).expect("no faults");
+    }
+}
+
+#[test]
 fn a_file_that_is_not_open_is_an_error() {
     let weights = model();
     let (_, all) = weights.stack.budgets();

@@ -3,8 +3,10 @@
 mod adaptation;
 mod allocation;
 mod batches;
+mod chaos;
 mod cuda_fake;
 mod cuda_faults;
+mod ended;
 mod fake;
 mod flaky;
 mod fuzz;
@@ -19,6 +21,7 @@ mod schedule;
 mod simulation;
 mod stack;
 mod tidy;
+mod verify;
 mod watchdog;
 mod weights;
 mod world;

@@ -146,7 +146,9 @@ impl World {
                 timing: random.chance(50),
                 early: setup.early,
                 adapt: random.pick(&[Adapt::Off, Adapt::AtOnce, Adapt::Beside]),
+                ..Options::default()
             },
+            ..Spec::default()
         };
         let stream = ComputeStream(16);
         sim.occupy(stream, ARENA, budget, random.between(0, 300_000));

@@ -224,6 +224,15 @@ def threads() -> list[str]:
     return names
 
 
+def told(call: Callable[[], object]) -> str | None:
+    """What the call's RuntimeError says; nothing if there was none."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def settle() -> None:
     for _ in range(3):
         gc.collect()

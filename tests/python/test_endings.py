@@ -197,6 +197,15 @@ ENDINGS = {
     "copies under way": "torch.ops.dgls.prefetch(s._engine.number)",
     "in a cycle": "model.me = [model, s]; del model, s, blocks",
     "in a thread": "import threading; t = threading.Thread(target=run, daemon=False); t.start()",
+    "sys.exit in a thread": "import sys, threading\n"
+    "def leaves(): run(); sys.exit(3)\n"
+    "t = threading.Thread(target=leaves); t.start(); t.join()",
+    "sys.exit in a block in a thread": "import sys, threading\n"
+    "def leaves(*_): sys.exit(3)\n"
+    "model.blocks[3].register_forward_hook(leaves)\n"
+    "t = threading.Thread(target=run); t.start(); t.join()",
+    "os._exit in a block": "import os, sys; sys.stdout.flush()\n"
+    "model.blocks[3].register_forward_hook(lambda *_: os._exit(0))\nrun()",
     "os._exit": "import os, sys; sys.stdout.flush(); os._exit(0)",
     "sys.exit": "import sys; sys.exit(0)",
     "stuck in a block": "model.blocks[1].register_forward_hook(stop)\n"
@@ -237,6 +246,19 @@ def test_the_interpreter_exits_after_an_exception_in_a_block(
     last = done.err.strip().splitlines()[-1:] or [""]
     assert last[0].split(":")[0] == {1: "ValueError", 7: "", -2: "KeyboardInterrupt"}[code]
     assert "Exception ignored" not in done.err
+
+
+def test_a_daemon_thread_that_waits_for_its_weights_at_exit(processes: Processes) -> None:
+    """One in a call of torch's own ends the process, with or without a stream."""
+    script = SCRIPT.replace("3e6", "1e5") + (
+        "import threading, time\n"
+        "threading.Thread(target=run, daemon=True).start()\n"
+        "while not torch.ops.dgls.stats(s._engine.number)[0] > 8: time.sleep(0.001)\n"
+    )
+    done = processes.run(script)
+    assert (done.code, done.out) == (0, "ready\n"), done.err
+    last = done.err.strip().splitlines()[-1:]
+    assert last in ([], ["RuntimeError: dgls: detached in another thread"])
 
 
 def test_what_is_attached_at_exit_is_detached() -> None:

@@ -286,3 +286,14 @@ def test_one_thread_at_a_time_takes_up_a_plan() -> None:
         threads[0].join()
         assert (done, s.report().rebuilds) == (["first", "second"], 1)
         assert same(model(x, order), expected)
+
+
+def test_a_pass_may_end_when_another_thread_has_just_closed_its_engine() -> None:
+    """It was open when the hook looked: one in a dozen runs on a busy machine."""
+    model = net()
+    with dgls_torch.stream(model, 1 << 20, **SMALL) as s:
+        engine = s._engine
+        assert engine is not None
+        engine.end_pass()
+    assert not engine.is_open
+    engine.end_pass()

@@ -80,6 +80,11 @@ class StreamConfig:
         poison: Whether device memory is filled with 0xFF as soon as it is free again.
             Unit: yes or no. Range: a bool. Default: ``False``.
             Change it: to find code that uses a weight outside its block's forward; it is slow.
+        verify: Whether the bytes of each block are compared with their host source when they have
+            arrived, before the block runs. A difference raises an error that names the tensor, and
+            the block is fetched again.
+            Unit: yes or no. Range: a bool. Default: ``False``.
+            Change it: to find broken memory, links or files, and for bug reports; it is very slow.
         copy_bytes_per_s: The rate that copies of the CPU device are held to.
             Unit: bytes per second. Range: ``None``, or above 0 and finite.
             Default: ``None``, as fast as memory allows.
@@ -99,6 +104,7 @@ class StreamConfig:
     adapt: bool = True
     trace_passes: int = 8
     poison: bool = False
+    verify: bool = False
     copy_bytes_per_s: float | None = None
 
     # The generated __init__ would refuse an unknown field without saying which ones exist.
@@ -125,6 +131,7 @@ class StreamConfig:
             "adapt": _bool(self.adapt, "adapt"),
             "trace_passes": _trace_passes(self.trace_passes),
             "poison": _bool(self.poison, "poison"),
+            "verify": _bool(self.verify, "verify"),
             "copy_bytes_per_s": _rate(self.copy_bytes_per_s, "copy_bytes_per_s"),
         }
         for name, value in checked.items():

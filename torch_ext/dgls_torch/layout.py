@@ -186,9 +186,12 @@ class Layout:
         """Refuses a budget that is too small, naming the block and the smallest that works."""
         self._check_budget(vram_bytes)
 
-    def restore(self) -> None:
-        """Brings everything outside of the blocks back; does nothing twice."""
-        self._placement.restore()
+    def restore(self, *, bring: bool = True) -> None:
+        """Brings everything outside of the blocks back; does nothing twice.
+
+        Without ``bring`` the device is not asked for changes: in a fork it is not ours.
+        """
+        self._placement.restore(bring=bring)
 
 
 def aligned(size: int) -> int:

@@ -13,9 +13,10 @@ import torch
 
 from dgls_torch import _C, untraced
 from dgls_torch.arena import empty_arena
+from dgls_torch.interrupts import uninterrupted
 from dgls_torch.memory import host_memory, pinned_budget
 from dgls_torch.report import BlockPlan, Plan, Report, Use
-from dgls_torch.weights import inner_tensors
+from dgls_torch.weights import inner_tensors, part_names
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
@@ -51,7 +52,7 @@ class Engine:
             torch.OutOfMemoryError: The arena does not fit.
             RuntimeError: The device refuses.
         """
-        self._layout = layout
+        self._layout, self._config = layout, config
         self._on_rebuild = untraced.rarely(on_rebuild)
         self._base_bytes = 0
         self.vram_bytes = layout.vram_bytes if vram_bytes is None else vram_bytes
@@ -90,11 +91,14 @@ class Engine:
             manual=config.resident is not None,
             resident_blocks=layout.chosen(config.resident or ()),
             window=-1 if config.prefetch is None else config.prefetch,
+            verify=config.verify,
+            names=part_names(layout.weights, [p for _, p in sequence]),
             # For tests: another driver than the arena's, and waits taken out.
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
         self._rebuilding = threading.Lock()
+        self._is_stale = False
         self._capsules: list[Any] = []
         self._hooks: list[tuple[Any, Any]] = []
         self._removers: list[Any] = []
@@ -126,6 +130,11 @@ class Engine:
     def is_open(self) -> bool:
         """Whether it was not closed yet."""
         return self._number is not None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process is a fork of the one that made the engine."""
+        return self._number is not None and _C.is_foreign(self._number)
 
     @property
     def arena_bytes(self) -> int:
@@ -224,10 +233,13 @@ class Engine:
         One thread at a time: views of one plan must not be bound for the next one, nor be told
         apart from it by a count that another thread is about to take back.
         """
-        with self._rebuilding:
+        with uninterrupted(), self._rebuilding:
             if _ops.wants_rebuild(self.number):
+                self._is_stale = True  # until the views are made, whatever comes between
                 _ops.rebuild(self.number, self._arena, self._budget)
+            if self._is_stale:
                 self._bind_views()
+                self._is_stale = False
 
     def check_idle(self) -> None:
         """Ends a use that an exception left unfinished.
@@ -261,8 +273,12 @@ class Engine:
         _ops.begin_pass(self.number)
 
     def end_pass(self) -> None:
-        """The model's forward has ended."""
-        _ops.end_pass(self.number)
+        """The model's forward has ended. Does nothing once another thread has closed the engine."""
+        try:
+            _ops.end_pass(self.number)
+        except RuntimeError:
+            if self.is_open:
+                raise
 
     def activation_bytes(self) -> int | None:
         """Most that the model used beside its weights since the engine was made; CUDA only."""
@@ -277,10 +293,13 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self._layout.device)
 
     def close(self) -> None:
-        """Binds the masters, takes the hooks off, waits for the device, gives the arena back."""
+        """Binds the masters, takes the hooks off, waits for the device, gives the arena back.
+
+        In a fork the engine itself stays as it is: it belongs to the other process.
+        """
         for capsule in self._capsules:
             _C.shut(capsule)
-        if self._number is not None:
+        if self._number is not None and not self.is_foreign:
             self._runs_elsewhere()  # its kernels read the arena
         number, self._number = self._number, None
         try:
@@ -336,7 +355,11 @@ class Engine:
             pinned_bytes=stats[8],
             pin_failures=stats[9],
             staging_bytes=stats[10],
+            verified_bytes=stats[12],
+            mismatches=stats[13],
             timeline=tuple(self._timeline()),
+            last_errors=tuple(_ops.errors(self.number).splitlines()),
+            config=self._config,
         )
 
     def _timeline(self) -> list[Use]:

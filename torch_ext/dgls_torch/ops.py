@@ -18,7 +18,8 @@ budget_bytes, ...)``
     computes. ``weights``: CPU tensors; then come those of ``files``. The engine keeps all alive.
     ``adapt``: time every pass and look for better plans in a thread; ``wants_rebuild`` says when
     one was found. ``manual``: ``resident_blocks`` stay whole, all others are streamed whole.
-    ``window``: blocks that are copied ahead at most, or -1.
+    ``window``: blocks that are copied ahead at most, or -1. ``verify``: compare what arrives with
+    its source. ``names``: one a line for each tensor, for messages.
 ``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
     What another budget would give; and a change to it, or to the better plan that was found.
     ``rebuild`` blocks until the device is done with the old arena, and moves what stays to the new
@@ -49,7 +50,8 @@ At each block, on torch's current stream:
 ``reload(engine, block)``
     The host weights of a block were changed in place.
 
-Afterwards: ``stats(engine)``, ``trace(engine)`` (see `dgls_torch.report`), ``destroy(engine)``.
+Afterwards: ``stats(engine)``, ``trace(engine)`` (see `dgls_torch.report`), ``errors(engine)``, the
+last ones, one a line; ``destroy(engine)``.
 Machine: ``driver_version()``, ``measure_copy(device, bytes, repeats, page_locked)`` in bytes per
 second, ``measure_page_lock(device, max_bytes)`` in bytes; device -1 is the CPU.
 """

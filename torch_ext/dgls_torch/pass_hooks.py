@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +25,12 @@ class _Hook:
         # Not as a decorator: that would import dynamo, which takes a second, with the package.
         self._run = torch.compiler.disable(self.act)
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *given: Any) -> None:
         if self.stream is not None and self.stream._model() is module:
-            self._run(self.stream)
+            self._run(self.stream, given[-1])
 
     @staticmethod
-    def act(stream: Stream) -> None:
+    def act(stream: Stream, given: object) -> None:
         """What the hook does."""
 
     def __deepcopy__(self, _: object) -> Any:
@@ -44,19 +45,29 @@ class _Hook:
 
 class _Before(_Hook):
     @staticmethod
-    def act(stream: Stream) -> None:
+    def act(stream: Stream, given: object) -> None:
         engine, hooks = stream._engine, stream._hooks
         if engine is None or hooks is None:
             return
         hooks.check_grad()
+        if stream._shortage.is_noted:
+            stream._make_room()
+            engine = stream._engine
+            if engine is None:
+                return
         hooks.began = engine
         engine.begin_pass()
 
 
 class _After(_Hook):
     @staticmethod
-    def act(stream: Stream) -> None:
+    def act(stream: Stream, given: object) -> None:
         engine, hooks = stream._engine, stream._hooks
+        error = sys.exc_info()[1]
+        if given is None and error is not None:
+            # An exception is leaving the forward: there is no output, and the pass did not end.
+            stream._note(error)
+            return
         # Another thread may have replanned or detached: the pass is none of the new engine's.
         if engine is not None and hooks is not None and hooks.began is engine and engine.is_open:
             engine.end_pass()
@@ -70,7 +81,7 @@ class PassHooks:
         self._before, self._after = _Before(stream), _After(stream)
         self._removers = [
             model.register_forward_pre_hook(self._before, prepend=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
         layout = stream._layout
         weights = [] if layout is None else layout.weights

@@ -63,20 +63,23 @@ class Placement:
                     elif buffer.device != self._device:
                         self._set(module._buffers, key, buffer.to(self._device))
 
-    def restore(self) -> None:
+    def restore(self, *, bring: bool = True) -> None:
         """Binds everything that was there before, last moved first; does nothing twice.
 
-        What was changed in place on the device meanwhile, or put in its place, is brought along.
+        What was changed in place on the device meanwhile, or put in its place, is brought along
+        unless ``bring`` is false.
         """
         while self._data:
             param, data, version = self._data.pop()
-            if _changed(data, param, version):
+            if bring and _changed(data, param, version):
                 _copy(data, param.data)
             param.data = data
         while self._entries:
             owner, key, before, made = self._entries.pop()
             now: Any = owner.get(key)
-            if now is not made and now is not None and not before.is_meta:
+            if not bring:
+                pass
+            elif now is not made and now is not None and not before.is_meta:
                 before = now.to(before.device)
             elif now is made and not before.is_meta and _changed(before, made, 0):
                 _copy(before, made)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from dgls_torch.config import StreamConfig
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -123,7 +125,11 @@ class Report:
         h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
         pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
         staging_bytes: Page-locked bytes of the staging chunks.
+        verified_bytes: Bytes compared with their host source after they had arrived;
+            ``mismatches``: uses of blocks in which they were other ones. 0 without ``verify``.
         timeline: The timed uses, oldest first.
+        last_errors: What the last errors said, oldest first; no paths.
+        config: What the stream was told.
     """
 
     plan: Plan
@@ -139,7 +145,11 @@ class Report:
     pinned_bytes: int
     pin_failures: int
     staging_bytes: int
+    verified_bytes: int
+    mismatches: int
     timeline: tuple[Use, ...]
+    last_errors: tuple[str, ...]
+    config: StreamConfig
 
     def _steady(self) -> list[list[Use]]:
         """The timed passes that have a timed successor, without the first."""
@@ -214,6 +224,19 @@ class Report:
 
         plot(self, path)
 
+    def bundle(self, path: str | os.PathLike[str]) -> None:
+        """Writes all that a bug report needs as JSON; docs/bundle.md says what is in it.
+
+        There are no paths in it, no names of files but their last part, and no variables of the
+        environment but those that begin with DGLS.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        from dgls_torch.bundle import write
+
+        write(self, path)
+
     def __str__(self) -> str:
         """The report as a table."""
         rows = [("passes", f"{self.passes}")]
@@ -234,6 +257,9 @@ class Report:
         rows.append(("out of turn", out_of_turn))
         pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"
         rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
+        if self.verified_bytes:
+            verified = f"{format_bytes(self.verified_bytes)}, {self.mismatches} mismatches"
+            rows.append(("verified", verified))
         if self.errors:
             rows.append(("device errors", f"{self.errors}"))
         return "\n".join(["measured", *table(rows)])

@@ -12,10 +12,12 @@ from torch import nn
 
 from dgls_torch.blocks import budget_shares, models_of
 from dgls_torch.config import StreamConfig
+from dgls_torch.interrupts import uninterrupted
 from dgls_torch.layout import Layout
 from dgls_torch.native import Engine
 from dgls_torch.pass_hooks import PassHooks
 from dgls_torch.resizing import resize
+from dgls_torch.shortage import Shortage, engine_that_fits
 
 if TYPE_CHECKING:
     import os
@@ -84,6 +86,8 @@ def stream(
         ValueError: The budget is too small (the message names the block and the smallest budget
             that works), no blocks were found, or weights are not where they should be.
         TypeError: An argument is of a wrong type or unknown.
+        torch.OutOfMemoryError: The weights do not fit on the device, after a second try with less
+            where the planner chooses.
         RuntimeError: The model is streamed already, or the device refuses.
     """
     given = {"vram": vram, "blocks": blocks, "exclude": exclude, "source": source}
@@ -111,14 +115,16 @@ class Stream:
         self._last: tuple[Plan, Report] | None = None
         self._finalizer = weakref.finalize(model, _forget, weakref.ref(self), self._parts)
         self._finalizer.atexit = False
+        self._shortage = Shortage()
         try:
-            self._parts.layout = Layout(model, config)
-            self._parts.engine = Engine(self._parts.layout, config, self._on_rebuild())
-            self._hooks = PassHooks(model, self)
+            with uninterrupted():
+                layout = self._parts.layout = Layout(model, config)
+                self._parts.engine = engine_that_fits(layout, config, self._on_rebuild())
+                self._hooks = PassHooks(model, self)
+                _live.add(self)
         except BaseException:
             self.detach()
             raise
-        _live.add(self)
 
     def _on_rebuild(self) -> Any:
         # Held by the hooks, so it must not keep the stream, and with it the weights, alive.
@@ -146,13 +152,14 @@ class Stream:
 
     def report(self) -> Report:
         """What was measured so far; the last report after `detach`. Never waits for the device."""
-        return self._engine.report() if self._engine is not None else self._kept()[1]
+        return self._kept()[1] if self._engine is None else self._shortage.told(self._engine)
 
     def _kept(self) -> tuple[Plan, Report]:
         if self._last is None:
             raise RuntimeError("this stream was never attached")
         return self._last
 
+    @uninterrupted()
     def replan(self, vram: int | float | str | None = None) -> Plan:
         """Plans anew for a budget, or for the present one and what was learned meanwhile.
 
@@ -191,11 +198,28 @@ class Stream:
             )
             raise
 
+    def _note(self, error: BaseException) -> None:
+        """A pass ended by an exception."""
+        engine, layout = self._engine, self._layout
+        if isinstance(error, torch.OutOfMemoryError) and engine is not None and layout is not None:
+            self._shortage.note(error, layout, engine.vram_bytes, self.config)
+
+    @uninterrupted()
+    def _make_room(self) -> None:
+        """The pass before ran out of device memory: this one gets more beside the weights."""
+        engine, layout = self._attached()
+        smaller = self._shortage.take(layout, engine.vram_bytes)
+        if smaller is not None:
+            engine.check_idle()
+            layout.check_budget(smaller)
+            resize(engine, smaller)
+
     @property
     def is_suspended(self) -> bool:
         """Whether the model runs without the stream for now; see `suspend`."""
         return self._hooks is None
 
+    @uninterrupted()
     def suspend(self) -> None:
         """Takes the hooks off and restores the model, but keeps plan, arena and page-locks.
 
@@ -217,6 +241,7 @@ class Stream:
         hooks.remove()
         layout.restore()
 
+    @uninterrupted()
     def resume(self) -> None:
         """Puts the hooks on again after `suspend`. Does nothing twice.
 
@@ -250,6 +275,7 @@ class Stream:
             raise RuntimeError("this stream is detached; call stream() again")
         return self._engine, self._layout
 
+    @uninterrupted()
     def detach(self) -> None:
         """Takes the hooks off and restores every parameter and buffer. Waits for the device."""
         hooks, self._hooks = self._hooks, None
@@ -258,7 +284,7 @@ class Stream:
         try:
             if self._engine is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._last = (self._engine.plan(), self._engine.report())
+                    self._last = (self._engine.plan(), self.report())
             if hooks is not None:
                 hooks.remove()
         finally:
@@ -284,16 +310,18 @@ class _Parts:
         self.layout: Layout | None = None
         self.engine: Engine | None = None
 
+    @uninterrupted()
     def release(self) -> None:
         """Closes the engine and restores everything; does nothing twice."""
         engine, self.engine = self.engine, None
         layout, self.layout = self.layout, None
+        is_ours = engine is None or not engine.is_foreign
         try:
             if engine is not None:
                 engine.close()
         finally:
             if layout is not None:
-                layout.restore()
+                layout.restore(bring=is_ours)
 
 
 class StreamGroup:
@@ -328,6 +356,7 @@ class StreamGroup:
             s.replan(vram if whole is None else whole * share // total)
         return self.plan
 
+    @uninterrupted()
     def detach(self) -> None:
         """Detaches every model."""
         for s in self.streams.values():

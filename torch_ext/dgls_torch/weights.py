@@ -87,6 +87,12 @@ class Weight:
         return nn.Parameter(made, requires_grad=False) if self.is_entry else made
 
 
+def part_names(weights: list[list[Weight]], parts: list[Part]) -> str:
+    """The name of the parameter of each part, one a line; parts of one parameter share it."""
+    of_part = {id(p): w.name for ws in weights for w in ws for p in w.parts}
+    return "\n".join(of_part[id(part)].replace("\n", " ") for part in parts)
+
+
 def parameters_of(
     modules: Iterable[tuple[str, nn.Module]],
 ) -> Iterator[tuple[str, dict[str, Any], str, nn.Parameter]]:

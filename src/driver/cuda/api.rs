@@ -59,6 +59,7 @@ table! {
     cuEventSynchronize(EventHandle);
     cuEventElapsedTime(*mut f32, EventHandle, EventHandle);
     cuMemcpyHtoDAsync_v2(u64, *const c_void, usize, Stream);
+    cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, Stream);
     cuMemcpyDtoDAsync_v2(u64, u64, usize, Stream);
     cuMemsetD8Async(u64, u8, usize, Stream);
     cuMemAlloc_v2(*mut u64, usize);

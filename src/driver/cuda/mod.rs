@@ -263,6 +263,10 @@ impl Device for CudaDevice {
         let _ = unsafe { (self.primary.api.cuMemFreeHost)(index(address) as *mut c_void) };
     }
 
+    fn check_files(&self) -> Result<()> {
+        self.files.iter().try_for_each(WeightFile::check_unchanged)
+    }
+
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         match source {
             Source::Memory { address: from } => {
@@ -274,6 +278,20 @@ impl Device for CudaDevice {
                 None => Err(Error::Invalid(format!("weight file {file} is not open"))),
             },
         }
+    }
+
+    fn read_back(&self, from: u64, address: u64, bytes: u64, on: ComputeStream) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        let (api, stream) = (self.primary.api, index(on.0) as api::Stream);
+        // SAFETY: the engine checked `from` against the arena; the caller owns the target until
+        // the stream has been synchronised below.
+        let code = unsafe {
+            (api.cuMemcpyDtoHAsync_v2)(index(address) as *mut c_void, from, index(bytes), stream)
+        };
+        api.check("cuMemcpyDtoHAsync", code)?;
+        // SAFETY: the stream is the one that torch just named as current.
+        let code = unsafe { (api.cuStreamSynchronize)(stream) };
+        api.check("cuStreamSynchronize", code)
     }
 
     fn mark_chunk(&self, chunk: u32) -> Result<()> {

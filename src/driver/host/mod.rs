@@ -10,6 +10,10 @@ pub mod shim;
 mod shim_sys;
 mod worker;
 
+#[cfg(all(test, loom))]
+#[path = "../../../tests/loom/worker.rs"]
+mod worker_model;
+
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -138,8 +142,17 @@ impl Device for HostDevice {
         self.chunks.lock().retain(|pages| pages.address() != address);
     }
 
+    fn check_files(&self) -> Result<()> {
+        self.shared.files().iter().try_for_each(WeightFile::check_unchanged)
+    }
+
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.shared.read(source, address, bytes)
+    }
+
+    fn read_back(&self, from: u64, address: u64, bytes: u64, _on: ComputeStream) -> Result<()> {
+        shim::copy(address, from, bytes);
+        Ok(())
     }
 
     fn mark_chunk(&self, _chunk: u32) -> Result<()> {
@@ -194,6 +207,21 @@ mod tests {
         let times = device.times(EventSlot(1)).expect("all marks passed");
         assert!(times.copy_end_ns >= times.copy_start_ns);
         assert!(times.end_ns >= times.start_ns);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_is_no_more() {
+        let device = device(Vec::new());
+        let (source, target) = (vec![5_u8; 1 << 20], Pages::new(1 << 20).expect("1 MiB"));
+        let from = Source::Memory { address: source.as_ptr() as u64 };
+        device.copy(from, target.address(), 1 << 20).expect("enqueued");
+        // No such slot: the thread panics, and the marks after it never pass.
+        device.mark_copy_start(EventSlot(99)).expect("enqueued");
+        device.mark_ready(EventSlot(1)).expect("enqueued");
+        device.flush();
+        let waited = device.wait_ready(EventSlot(1), ComputeStream(0), true);
+        assert_eq!(waited, Err(Error::Internal("the copy thread has ended".into())));
+        device.quiesce(None).expect("nothing runs any more");
     }
 
     #[test]

@@ -117,6 +117,21 @@ impl WeightFile {
         }
     }
 
+    /// Refuses a file that was written to since it was opened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Read`] with both sizes.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let identity = self.identity_now()?;
+        if identity == self.identity {
+            return Ok(());
+        }
+        let (before, now) = (self.identity.0, identity.0);
+        let sizes = format!("opened with {before} bytes, now {now} bytes");
+        Err(self.refused(0, 0, format!("the file changed while in use ({sizes})")))
+    }
+
     fn refused(&self, offset: u64, bytes: u64, reason: String) -> Error {
         Error::Read { file: self.name.clone(), offset, bytes, reason }
     }

@@ -3,12 +3,11 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use super::HostOptions;
-use super::shim;
+use super::shim::{self, WeightFile};
 use crate::driver::{EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex, may_switch};
 use crate::units::index;
 
 /// To wake a thread takes as long as to copy about this much.
@@ -49,9 +48,22 @@ struct State {
     queue: VecDeque<Op>,
     queued_bytes: u64,
     busy: bool,
+    /// The thread is no more: what is in the queue will never pass.
+    ended: bool,
     marks: Vec<Marks>,
     /// Error of the copies since the last `Ready`; it belongs to the next one.
     error: Option<Error>,
+}
+
+/// Tells whoever waits that the thread is no more, however it ended.
+struct Ended<'a>(&'a Shared);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        (state.ended, state.busy) = (true, false);
+        self.0.passed.notify_all();
+    }
 }
 
 /// What the device and its thread share.
@@ -70,6 +82,7 @@ impl Shared {
             queue: VecDeque::new(),
             queued_bytes: 0,
             busy: false,
+            ended: false,
             marks: Vec::new(),
             error: None,
         };
@@ -163,6 +176,9 @@ impl Shared {
         let mut state = self.state.lock();
         let target = state.marks[index(slot.0)].ready_enqueued;
         while state.marks[index(slot.0)].ready_passed < target {
+            if state.ended {
+                return Err(Error::Internal("the copy thread has ended".into()));
+            }
             self.work.notify_one();
             self.passed.wait(&mut state);
         }
@@ -186,12 +202,16 @@ impl Shared {
 
     pub(super) fn drain(&self) {
         let mut state = self.state.lock();
-        while state.busy || !state.queue.is_empty() {
+        while !state.ended && (state.busy || !state.queue.is_empty()) {
             self.work.notify_one();
             self.passed.wait(&mut state);
         }
         // Of copies whose use was given up before its *ready*: it belongs to no other one.
         state.error = None;
+    }
+
+    pub(super) fn files(&self) -> &[WeightFile] {
+        &self.options.files
     }
 
     pub(super) fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
@@ -214,6 +234,7 @@ impl Shared {
     /// The thread's body: takes all that is in the queue at once, since each look at it may
     /// meet the caller's.
     pub(super) fn run(&self) {
+        let _told = Ended(self);
         let mut batch = VecDeque::new();
         loop {
             {
@@ -246,6 +267,7 @@ impl Shared {
 
     fn copy(&self, source: Source, target: u64, bytes: u64) {
         let begun = Instant::now();
+        may_switch();
         if let Err(error) = self.read(source, target, bytes) {
             self.state.lock().error.get_or_insert(error);
         }

@@ -69,6 +69,7 @@ impl Core {
             }
             Err(error) => {
                 self.counters.errors += 1;
+                self.errors.note(&error);
                 let (spec, plan) = (self.spec.clone(), self.plan.clone());
                 match Self::new(device, spec, plan, self.arena, Before::default()) {
                     Ok(old) => {
@@ -111,6 +112,7 @@ impl Core {
         next.moved_before = self.moved();
         next.counters = self.counters;
         std::mem::swap(&mut next.order, &mut self.order);
+        std::mem::swap(&mut next.errors, &mut self.errors);
         std::mem::swap(&mut next.tuner, &mut self.tuner);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;

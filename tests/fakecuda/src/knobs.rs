@@ -20,6 +20,7 @@ pub(crate) enum Knob {
     Sticky,
     FailCode,
     FailCopyIn,
+    FlipCopyIn,
     FailAllocIn,
     FailRegisterIn,
     FailRecordIn,
@@ -39,7 +40,7 @@ const fn row(knob: Knob, key: &'static str, variable: Option<&'static str>, defa
     Row { knob, key, variable, default }
 }
 
-const COUNT: usize = 16;
+const COUNT: usize = 17;
 
 /// In the order of [`Knob`], so that a knob is its row's index.
 const ROWS: [Row; COUNT] = [
@@ -54,6 +55,7 @@ const ROWS: [Row; COUNT] = [
     row(Knob::Sticky, "sticky", None, 0),
     row(Knob::FailCode, "fail_code", None, 1),
     row(Knob::FailCopyIn, "fail_copy_in", None, 0),
+    row(Knob::FlipCopyIn, "flip_copy_in", None, 0),
     row(Knob::FailAllocIn, "fail_alloc_in", None, 0),
     row(Knob::FailRegisterIn, "fail_register_in", None, 0),
     row(Knob::FailRecordIn, "fail_record_in", None, 0),
@@ -85,6 +87,7 @@ fn takes(knob: Knob, value: i64) -> bool {
         Knob::LatencyUs | Knob::BandwidthMbps | Knob::Vram | Knob::PinCapacity => 0 <= value,
         Knob::NullSync => matches!(value, 0 | 1),
         Knob::FailCopyIn
+        | Knob::FlipCopyIn
         | Knob::FailAllocIn
         | Knob::FailRegisterIn
         | Knob::FailRecordIn
@@ -151,13 +154,17 @@ impl Knobs {
 
     /// Counts the fault `knob` down and fails when it fires.
     pub(crate) fn fault(&self, knob: Knob) -> Answer {
-        let count = &self.values[knob as usize];
-        let before = count.fetch_update(SeqCst, SeqCst, |left| (0 < left).then(|| left - 1));
-        match (before, knob) {
-            (Ok(1), Knob::FailAllocIn) => Err(OUT_OF_MEMORY),
-            (Ok(1), _) => self.code(Knob::FailCode),
-            _ => Ok(()),
+        match (self.is_due(knob), knob) {
+            (true, Knob::FailAllocIn) => Err(OUT_OF_MEMORY),
+            (true, _) => self.code(Knob::FailCode),
+            (false, _) => Ok(()),
         }
+    }
+
+    /// Counts `knob` down; whether it fires.
+    pub(crate) fn is_due(&self, knob: Knob) -> bool {
+        let count = &self.values[knob as usize];
+        count.fetch_update(SeqCst, SeqCst, |left| (0 < left).then(|| left - 1)) == Ok(1)
     }
 
     /// How long a copy of `bytes` takes once its engine is free.

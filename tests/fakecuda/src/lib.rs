@@ -63,6 +63,7 @@
 //! | `sticky` | code, 0: off | 0 | what every call answers; freeing calls still free |
 //! | `fail_code` | code, not 0 | 1 | what the faults below answer |
 //! | `fail_copy_in` | n, ≤ 0: off | 0 | the n-th next H2D copy fails (1: the very next) |
+//! | `flip_copy_in` | n | 0 | a byte in the middle of the n-th next H2D copy arrives changed |
 //! | `fail_alloc_in` | n | 0 | the n-th next `cuMemHostAlloc` fails, always with 2 |
 //! | `fail_register_in` | n | 0 | the n-th next `cuMemHostRegister_v2` fails |
 //! | `fail_record_in` | n | 0 | the n-th next `cuEventRecord` fails |

@@ -62,6 +62,8 @@ pub(crate) enum Work {
         value: u8,
         bytes: usize,
     },
+    /// Changes one byte.
+    Flip(usize),
     Wait(Arc<Marker>),
     Mark(Arc<Marker>),
     Call {
@@ -98,6 +100,13 @@ impl Work {
                 let target = ptr::with_exposed_provenance_mut::<u8>(target);
                 // SAFETY: the caller of `cuMemsetD8Async` keeps the range valid until here.
                 unsafe { target.write_bytes(value, bytes) }
+            }
+            Self::Flip(target) => {
+                let target = ptr::with_exposed_provenance_mut::<u8>(target);
+                // SAFETY: in the range of the copy before it, which the caller keeps valid.
+                let byte = unsafe { target.read() };
+                // SAFETY: as above.
+                unsafe { target.write(!byte) }
             }
             Self::Wait(marker) => marker.wait(),
             Self::Mark(marker) => marker.reach(),

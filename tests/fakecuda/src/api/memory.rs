@@ -161,7 +161,13 @@ pub(super) fn copy(driver: &Driver, direction: Direction, span: Span, stream: us
         Direction::DeviceToHost => span.target,
     };
     let page_locked = driver.memory.is_page_locked(host, span.bytes)?;
+    let inward = direction == Direction::HostToDevice && span.bytes > 0;
     let ticket = stream.push(Work::Copy { direction, span });
+    let ticket = if inward && driver.knobs.is_due(Knob::FlipCopyIn) {
+        stream.push(Work::Flip(span.target + span.bytes / 2))
+    } else {
+        ticket
+    };
     if !page_locked {
         stream.wait_for(ticket);
     }
@@ -242,6 +248,18 @@ mod tests {
         assert_eq!((value("ncopies"), value("fail_copy_in")), (2, 0));
         assert_eq!(cuStreamDestroy_v2(stream), SUCCESS);
         assert_eq!(h2d(&mut target, [4].as_ptr(), stream), INVALID_HANDLE);
+    }
+
+    #[test]
+    fn a_byte_of_the_nth_copy_to_the_device_is_changed() {
+        let _session = session();
+        let (stream, mut target) = (new_stream(), [0; 3]);
+        set("flip_copy_in", 2);
+        for expected in [[1, 2, 3], [1, !2, 3], [1, 2, 3]] {
+            assert_eq!(h2d(&mut target, [1, 2, 3].as_ptr(), stream), SUCCESS);
+            assert_eq!(target, expected);
+        }
+        assert_eq!(cuStreamDestroy_v2(stream), SUCCESS);
     }
 
     #[test]

@@ -1,0 +1,206 @@
+//! Goal: between the calling thread and the staging thread no command is lost, run twice or run out
+//! of order, no wait for a *ready* ends before it is enqueued, and none goes on for ever.
+//! Method: every interleaving of both, by loom, on the real queue with a device that keeps books.
+//! `make loom` runs it.
+
+use std::sync::Arc;
+
+use super::command::Command;
+use super::executor::{CopySide, Lane, Moved, Weight};
+use super::stager::Stager;
+use crate::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
+use crate::error::{Error, Result};
+use crate::plan::{Copy, Program};
+use crate::pool::Arena;
+use crate::sync::{Mutex, may_switch};
+
+/// What was enqueued on the copy stream, in order. Its lock is held by no one across a switch.
+#[derive(Debug, Default)]
+struct Books {
+    enqueued: parking_lot::Mutex<Vec<String>>,
+    /// The copy that is refused, once.
+    refused: parking_lot::Mutex<Option<u64>>,
+}
+
+impl Books {
+    fn note(&self, what: String) -> Result<()> {
+        may_switch();
+        self.enqueued.lock().push(what);
+        Ok(())
+    }
+
+    fn said(&self) -> Vec<String> {
+        self.enqueued.lock().clone()
+    }
+}
+
+impl Device for Books {
+    fn prepare(&self, _slots: u32, _chunks: u32) -> Result<()> {
+        Ok(())
+    }
+    fn copy(&self, source: Source, _target: u64, _bytes: u64) -> Result<()> {
+        let Source::Memory { address } = source else { return Ok(()) };
+        if *self.refused.lock() == Some(address) {
+            *self.refused.lock() = None;
+            return Err(Error::Invalid("refused".into()));
+        }
+        self.note(format!("copy {address}"))
+    }
+    fn copy_within(&self, _from: u64, _to: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+    fn fill(&self, _target: u64, _bytes: u64, _value: u8) -> Result<()> {
+        Ok(())
+    }
+    fn wait_done(&self, slot: EventSlot) -> Result<()> {
+        self.note(format!("wait {}", slot.0))
+    }
+    fn mark_copy_start(&self, _slot: EventSlot) -> Result<()> {
+        Ok(())
+    }
+    fn mark_ready(&self, slot: EventSlot) -> Result<()> {
+        self.note(format!("ready {}", slot.0))
+    }
+    fn mark_wait(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
+        Ok(())
+    }
+    fn wait_ready(&self, _slot: EventSlot, _compute: ComputeStream, _timed: bool) -> Result<()> {
+        Ok(())
+    }
+    fn mark_done(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
+        Ok(())
+    }
+    fn takes(&self, _source: Source, _page_locked: bool) -> bool {
+        true
+    }
+    fn allocate_chunk(&self, _bytes: u64) -> Result<u64> {
+        Ok(4096)
+    }
+    fn free_chunk(&self, _address: u64, _bytes: u64) {}
+    fn read(&self, _source: Source, _address: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+    fn mark_chunk(&self, _chunk: u32) -> Result<()> {
+        Ok(())
+    }
+    fn wait_chunk(&self, _chunk: u32) -> Result<()> {
+        Ok(())
+    }
+    fn page_lock(&self, _address: u64, _bytes: u64) -> Result<()> {
+        Ok(())
+    }
+    fn page_unlock(&self, _address: u64, _bytes: u64) {}
+    fn times(&self, _slot: EventSlot) -> Option<UseTimes> {
+        None
+    }
+    fn quiesce(&self, _last: Option<EventSlot>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A staging thread whose copies 0, 1 and 2 come from the addresses 100, 200 and 300.
+fn rig() -> (Arc<Books>, Stager) {
+    let books = Arc::new(Books::default());
+    let copy = |tensor| Copy { tensor, source_offset: 0, target_offset: 0, bytes: 8, wait: None };
+    let source = |address| Weight { source: Source::Memory { address }, direct: true };
+    let side = CopySide {
+        device: Arc::clone(&books) as _,
+        program: Arc::new(Program { copies: (0..3).map(copy).collect(), ..Program::default() }),
+        weights: [100, 200, 300].map(source).to_vec(),
+        arena: Arena::new(4096, 8, 8).expect("aligned"),
+        staging: None,
+        kept: Vec::new(),
+        moved: Arc::new(Moved::default()),
+    };
+    let lane = Arc::new(Mutex::new(Lane::new(side)));
+    (books, Stager::start(lane, 8).expect("a thread"))
+}
+
+fn model(body: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(body);
+}
+
+const fn ready(number: u32) -> Command {
+    Command::Ready { slot: EventSlot(number), ticket: number as u64 }
+}
+
+#[test]
+fn every_command_is_run_once_and_in_order() {
+    model(|| {
+        let (books, stager) = rig();
+        for (index, number) in [(0, 1), (1, 2)] {
+            stager.push(Command::Copy { index });
+            stager.push(ready(number));
+        }
+        stager.wait_issued(1).expect("no faults");
+        assert!(books.said().contains(&"ready 1".into()), "a wait for a mark to come");
+        stager.wait_issued(2).expect("no faults");
+        assert_eq!(books.said(), ["copy 100", "ready 1", "copy 200", "ready 2"]);
+        drop(stager);
+    });
+}
+
+#[test]
+fn an_error_is_told_and_what_follows_is_not_run_until_a_reset() {
+    model(|| {
+        let (books, stager) = rig();
+        *books.refused.lock() = Some(100);
+        stager.push(Command::Copy { index: 0 });
+        stager.push(Command::WaitDone(EventSlot(7)));
+        stager.push(ready(1));
+        stager.wait_issued(1).expect_err("it was refused");
+        assert!(!stager.is_idle());
+        let waits = stager.reset();
+        assert_eq!(waits, [EventSlot(7)], "waits order what comes later: none is lost");
+        assert_eq!(books.said(), [""; 0]);
+        stager.push(Command::Copy { index: 2 });
+        stager.push(ready(2));
+        stager.wait_issued(2).expect("no more faults");
+        assert_eq!(books.said(), ["copy 300", "ready 2"]);
+    });
+}
+
+#[test]
+fn a_reset_at_any_moment_loses_no_wait() {
+    model(|| {
+        let (books, stager) = rig();
+        stager.push(Command::WaitDone(EventSlot(7)));
+        stager.push(Command::Copy { index: 0 });
+        stager.push(Command::WaitDone(EventSlot(8)));
+        let left = stager.reset();
+        let mut waits: Vec<String> = left.iter().map(|slot| format!("wait {}", slot.0)).collect();
+        waits.extend(books.said().into_iter().filter(|said| said.starts_with("wait")));
+        waits.sort();
+        assert_eq!(waits, ["wait 7", "wait 8"]);
+        assert!(stager.is_idle(), "nothing runs after a reset");
+    });
+}
+
+#[test]
+fn a_cancel_at_any_moment_drops_copies_and_no_wait() {
+    model(|| {
+        let (books, stager) = rig();
+        stager.push(Command::Copy { index: 0 });
+        stager.push(Command::WaitDone(EventSlot(7)));
+        stager.push(ready(1));
+        stager.cancel();
+        stager.push(Command::Copy { index: 1 });
+        stager.push(ready(2));
+        stager.wait_issued(2).expect("no faults");
+        let said = books.said();
+        let at = |what: &str| said.iter().position(|said| said == what);
+        assert!(at("wait 7") < at("copy 200") && at("copy 200") < at("ready 2"), "{said:?}");
+        assert!(at("wait 7").is_some() && at("ready 2").is_some(), "{said:?}");
+    });
+}
+
+#[test]
+fn the_end_comes_at_any_moment() {
+    model(|| {
+        let (_books, stager) = rig();
+        stager.push(Command::Copy { index: 0 });
+        drop(stager);
+    });
+}
