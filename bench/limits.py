@@ -118,10 +118,7 @@ class Limits(Worker):
         stack.pace(point.pace_s)
         x, c = job.bed.workload.inputs(point.tokens, job.device)
         found = measure.digest(stack, x, c)
-        warm = measure.timed(stack, x, c, job.effort.warm).median_s
-        before = measure.allocator_counts(job.device)
-        timing = measure.timed(stack, x, c, job.effort.passes(warm))
-        after = measure.allocator_counts(job.device)
+        timing, allocations = measure.steady(stack, x, c, job.effort)
         watch = measure.Watch(job.device)
         with watch.open():
             measure.timed(stack, x, c, 2)
@@ -136,9 +133,7 @@ class Limits(Worker):
             "base_bytes": self.base_bytes,
             "peak_bytes": watch.peak_bytes,
             "host_cpu_s": timing.host_cpu_s,
-            "allocations": {
-                name: (after[name] - before[name]) / len(timing.passes) for name in after
-            },
+            "allocations": allocations,
         }
         if on_cuda and job.deep:
             account, _ = profile(lambda: measure.chain(stack, x, c, 1, _nothing))

@@ -222,3 +222,12 @@ def allocator_counts(device: torch.device) -> dict[str, int]:
     stats = torch.cuda.memory_stats(device)
     names = ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries")
     return {name: int(stats.get(name, 0)) for name in names}
+
+
+def steady(step: Step, x: Tensor, c: Tensor, effort: Effort) -> tuple[Timing, dict[str, float]]:
+    """Times passes after warming up; besides, what torch's allocator did in each of them."""
+    warm = timed(step, x, c, effort.warm).median_s
+    before = allocator_counts(x.device)
+    timing = timed(step, x, c, effort.passes(warm))
+    after = allocator_counts(x.device)
+    return timing, {name: (after[name] - before[name]) / len(timing.passes) for name in after}

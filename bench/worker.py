@@ -208,10 +208,7 @@ class Worker:
         begun = time.perf_counter()
         first_hash = measure.digest(step, x, c)
         first = (time.perf_counter() - begun) / measure.CHECKED_PASSES
-        warm = measure.timed(step, x, c, job.effort.warm).median_s
-        before = measure.allocator_counts(job.device)
-        timing = measure.timed(step, x, c, job.effort.passes(warm))
-        after = measure.allocator_counts(job.device)
+        timing, allocations = measure.steady(step, x, c, job.effort)
         watch = measure.Watch(job.device)
         with watch.open():
             last_hash = measure.digest(step, x, c)
@@ -228,9 +225,7 @@ class Worker:
             "exact": all(found == reference.get("hash") for found in hashes),
             "base_bytes": self.base_bytes,
             "peak_bytes": watch.peak_bytes,
-            "allocations": {
-                name: (after[name] - before[name]) / len(timing.passes) for name in after
-            },
+            "allocations": allocations,
         }
         return row, timing, x, c
 

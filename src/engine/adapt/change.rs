@@ -13,11 +13,10 @@ use crate::units::index;
 
 impl Core {
     fn check_idle(&self) -> Result<()> {
-        let active = self
-            .schedule
-            .active_block()
-            .map(|block| Error::Misuse(format!("the plan cannot change while block {block} runs")));
-        active.map_or(Ok(()), Err)
+        if let Some(block) = self.schedule.active_block() {
+            return Err(Error::Misuse(format!("the plan cannot change while block {block} runs")));
+        }
+        Ok(())
     }
 
     /// Gives the arena up: nothing reads or writes it any more.

@@ -125,6 +125,11 @@ class _Through(io.ComfyNode):
         )
 
 
+def _static_clone(model):
+    """A clone for ComfyUI's loader without dynamic VRAM."""
+    return model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+
+
 class TestPartly(_Through):
     """The reference for LoRA maths that is done on the fly."""
 
@@ -134,7 +139,7 @@ class TestPartly(_Through):
     def execute(cls, model):
         import uuid
 
-        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        made = _static_clone(model)
         made.__class__ = _PartlyLoaded
         made.patches_uuid = uuid.uuid4()
         return io.NodeOutput(made)
@@ -147,7 +152,7 @@ class TestWhole(_Through):
 
     @classmethod
     def execute(cls, model):
-        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        made = _static_clone(model)
         return io.NodeOutput(made)
 
 
@@ -182,7 +187,7 @@ class TestForeign(_Through):
 
     @classmethod
     def execute(cls, model):
-        made = model.clone(disable_dynamic=True) if model.is_dynamic() else model.clone()
+        made = _static_clone(model)
         made.__class__ = GGUFModelPatcher
         return io.NodeOutput(made)
 
