@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,7 +283,10 @@ class Round:
         if self.chance.random() < 0.7:
             return
         self.sums.faults["fork"] += 1
-        child = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks in processes with threads: that is what this is about.
+            warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
+            child = os.fork()
         if child == 0:
             try:
                 self._run()
