@@ -52,18 +52,21 @@ struct Member {
     turns: u32,
     passes: u32,
     stride: usize,
+    bias: i32,
     whole: Option<usize>,
 }
 
 struct Search<'a> {
     trial: Trial<'a>,
     means: Vec<f64>,
+    slow: Vec<f64>,
 }
 
 /// The best plan for a problem that does not fit as a whole, but whose largest block does; `None`
 /// where too little may be streamed.
 pub(super) fn search(problem: &Problem) -> Option<Found> {
-    let mut search = Search { trial: Trial::new(problem), means: mean_compute(problem) };
+    let (means, slow) = (mean_compute(problem), problem.slow_blocks());
+    let mut search = Search { trial: Trial::new(problem), means, slow };
     match &problem.manual {
         Some(manual) => {
             let whole = |block: usize| {
@@ -139,11 +142,15 @@ impl<'a> Search<'a> {
         let turns = if uses <= FEW { (1..=narrow(uses)).collect() } else { turns_of(uses) };
         let mut found: Vec<(f64, Member)> = Vec::new();
         let odd = if uses % 2 == 1 { self.smallest_once() } else { None };
+        // Equal bytes of all, equal seconds, and first what comes fast.
+        let biases: &[i32] = if self.slow.is_empty() { &[0] } else { &[0, 1, 8] };
         let spared: &[Option<usize>] = if odd.is_some() { &[None, odd] } else { &[None] };
         for &beta in betas {
             for &turns in &turns {
-                for &whole in spared {
-                    let member = Member { beta, turns, passes, stride, whole };
+                for (&whole, &bias) in
+                    spared.iter().flat_map(|w| biases.iter().map(move |b| (w, b)))
+                {
+                    let member = Member { beta, turns, passes, stride, bias, whole };
                     let period_s = self.member(member, &EXCESS, &[0.0], 1);
                     found.extend(period_s.map(|period_s| (period_s, member)));
                 }
@@ -151,9 +158,9 @@ impl<'a> Search<'a> {
         }
         found.sort_by(|a, b| a.0.total_cmp(&b.0));
         // The best of each slope: neighbours of one another lead to the same plans.
-        let mut slopes: Vec<(u64, Option<usize>)> = Vec::new();
+        let mut slopes: Vec<(u64, i32, Option<usize>)> = Vec::new();
         found.retain(|(_, member)| {
-            let slope = (member.beta.to_bits(), member.whole);
+            let slope = (member.beta.to_bits(), member.bias, member.whole);
             let new = !slopes.contains(&slope);
             slopes.extend(new.then_some(slope));
             new
@@ -261,7 +268,7 @@ impl<'a> Search<'a> {
         phases: &[f64],
         most: usize,
     ) -> Option<f64> {
-        let Member { beta, turns, passes, stride, whole: spared } = member;
+        let Member { beta, turns, passes, stride, bias, whole: spared } = member;
         let budget = real(self.problem().budget_bytes);
         let missing = real(self.problem().total_bytes()) - budget;
         let per_pass = f64::from(turns) / f64::from(passes);
@@ -269,8 +276,9 @@ impl<'a> Search<'a> {
         let mut fitted = 0;
         for excess in excesses {
             let memory = budget - excess * missing;
-            let goal = Goal { beta, turns: per_pass, stride, memory, whole: spared };
-            let Some(wanted) = wanted(self.problem(), &self.means, goal) else { break };
+            let goal = Goal { beta, turns: per_pass, stride, memory, bias, whole: spared };
+            let wanted = wanted(self.problem(), &self.means, &self.slow, goal);
+            let Some(wanted) = wanted else { break };
             let moved: f64 = self.problem().uses.iter().map(|slot| wanted[slot.block]).sum();
             let copy_s = moved / self.problem().link.bytes_per_s;
             if copy_s.max(self.problem().compute_s()) > self.trial.best_s * (1.0 + SLACK) {
