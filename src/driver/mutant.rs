@@ -109,6 +109,9 @@ impl Device for Mutant {
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.inner.read(source, address, bytes)
     }
+    fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
+        self.inner.read_directly(source, address, bytes)
+    }
     fn mark_chunk(&self, chunk: u32) -> Result<()> {
         self.inner.mark_chunk(chunk)
     }

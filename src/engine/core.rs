@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::command::Command;
-use super::executor::{CopySide, Executor, Moved};
-use super::feed::{lock_streamed, staging_for, weights_of};
+use super::copying::{CopySide, Host, Moved};
+use super::executor::Executor;
 use super::order::Order;
 use super::review::{Review, transition};
 use super::schedule::Schedule;
@@ -14,7 +14,7 @@ use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
 use crate::plan::{Plan, plan_after};
-use crate::pool::{Arena, Move, Pins, Staging, copies};
+use crate::pool::{Arena, Move, Staging, copies};
 use crate::units::index;
 
 /// Whether the engine takes calls.
@@ -37,9 +37,9 @@ pub(super) struct Core {
     pub(super) device: Arc<dyn Device>,
     arena: Arena,
     pub(super) schedule: Schedule,
-    executor: Executor,
+    pub(super) executor: Executor,
     // Dropped after the executor: copies out of page-locked memory have ended then.
-    pins: Pins,
+    pub(super) host: Host,
     pub(super) trace: Trace,
     pub(super) assembly: Assembly,
     pub(super) tuner: Tuner,
@@ -57,14 +57,16 @@ pub(super) struct Core {
     entered_on: ComputeStream,
     moved: Arc<Moved>,
     moved_before: (u64, u64),
-    staging_bytes: u64,
+    pub(super) staging_bytes: u64,
+    /// For each tensor how many times as long as over the link its bytes take; empty: all alike.
+    pub(super) slow: Vec<f64>,
     life: Life,
 }
 
 /// What a plan before leaves: memory, and residents in their place.
 #[derive(Debug, Default)]
 pub(super) struct Before {
-    pins: Option<Pins>,
+    host: Option<Host>,
     staging: Option<Staging>,
     /// Empty, or for each tensor whether it lies where the plan has it.
     kept: Vec<bool>,
@@ -80,20 +82,22 @@ impl Core {
         arena: Arena,
         before: Before,
     ) -> Result<Self> {
-        let Before { pins, staging, kept } = before;
-        let mut pins = lock_streamed(&device, &spec, &plan, pins);
+        let Before { host, staging, kept } = before;
+        let mut host = host.unwrap_or_else(|| Host::new(Arc::clone(&device)));
+        host.prepare(&spec, &plan);
         let program = Arc::new(plan.program.clone());
-        let mut weights = weights_of(device.as_ref(), &spec, &pins);
-        let staging = match staging_for(&device, &spec, &weights, staging) {
-            Err(_) if pins.bytes() > 0 => {
-                pins.give_up();
-                weights = weights_of(device.as_ref(), &spec, &pins);
-                staging_for(&device, &spec, &weights, None)?
+        host.take_news();
+        let mut weights = host.weights(&spec);
+        let staging = match host.staging_for(&spec, &plan, &weights, staging) {
+            Err(_) if host.give_up() => {
+                weights = host.weights(&spec);
+                host.staging_for(&spec, &plan, &weights, None)?
             }
             staging => staging?,
         };
         let slots = Schedule::event_slots(&program);
-        device.prepare(slots, staging.as_ref().map_or(0, Staging::count))?;
+        // Also for chunks that are made only when page-locks are given back.
+        device.prepare(slots, Host::chunks(&spec, &plan).0)?;
         let capacity = Schedule::most_commands(&program);
         let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
         let moved = Arc::new(Moved::default());
@@ -103,14 +107,15 @@ impl Core {
             weights,
             arena,
             staging,
+            cache: Arc::clone(&host.cache),
             kept: kept.clone(),
             moved: Arc::clone(&moved),
         };
         Ok(Self {
             device,
             schedule: Schedule::new(program, spec.options, &kept),
-            executor: Executor::new(copy_side, capacity)?,
-            pins,
+            executor: Executor::new(copy_side, Arc::clone(&host.choice), capacity)?,
+            host,
             order: Order::new(spec.profile.order.clone()),
             trace: Trace::new(spec.trace_uses),
             assembly: Assembly::new(spec.profile.order.len()),
@@ -126,6 +131,7 @@ impl Core {
             moved,
             moved_before: (0, 0),
             staging_bytes,
+            slow: Vec::new(),
             life: Life::Open,
             spec,
             plan,
@@ -284,11 +290,11 @@ impl Core {
 
         let device = Arc::clone(&self.device);
         let staging = self.executor.take_staging();
-        let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
+        let host = std::mem::replace(&mut self.host, Host::new(Arc::clone(&device)));
         let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
         let transition = transition(&spec.profile, &self.plan, &plan, &loaded);
         let moved = self.move_residents(&transition.moves);
-        let before = Before { pins: Some(pins), staging, kept: transition.kept };
+        let before = Before { host: Some(host), staging, kept: transition.kept };
         match moved.and_then(|()| Self::new(Arc::clone(&device), spec, plan, arena, before)) {
             Ok(next) => {
                 self.order.take();
@@ -327,6 +333,7 @@ impl Core {
         next.counters = self.counters;
         std::mem::swap(&mut next.order, &mut self.order);
         std::mem::swap(&mut next.tuner, &mut self.tuner);
+        std::mem::swap(&mut next.slow, &mut self.slow);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;
     }
@@ -353,7 +360,7 @@ impl Core {
         let stopped = self.stop();
         let stats = self.stats();
         drop(self.executor.take_staging());
-        self.pins = Pins::none(Arc::clone(&self.device));
+        self.host.clear();
         match std::mem::replace(&mut self.life, Life::Closed(stats)) {
             Life::Poisoned(_) => Ok(()),
             _ => stopped,
@@ -375,8 +382,8 @@ impl Core {
             passes: self.order.passes(),
             bytes,
             copies,
-            pinned_bytes: self.pins.bytes(),
-            pin_failures: self.pins.failed(),
+            pinned_bytes: self.host.pinned().0,
+            pin_failures: self.host.pinned().1,
             staging_bytes: self.staging_bytes,
         }
     }
