@@ -194,7 +194,7 @@ def test_a_model_streams_within_less_memory_than_it_has(tmp_path: Path) -> None:
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
     # With a budget for nothing but chunks: what is read stays nowhere.
-    found = stream([*inner, str(arena), str(64 * MIB), "0"])
+    found = stream([*inner, str(arena), str(64 * MIB), "0", "cpu"])
     assert found["digest"] == bench.expected_digest(path)
     assert found["streamed"] > size - arena
     assert found["peak"] - found["before"] < more
@@ -202,7 +202,7 @@ def test_a_model_streams_within_less_memory_than_it_has(tmp_path: Path) -> None:
         if group is None:
             pytest.skip("NOT TESTED: a limit of a cgroup, which this user may not make")
         script = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
-        held = stream(["bash", "-c", script, "bash", *inner, str(arena), str(64 * MIB), "0"])
+        held = stream(["bash", "-c", script, "bash", *inner, str(arena), str(64 * MIB), "0", "cpu"])
     assert held["digest"] == found["digest"]
 
 
