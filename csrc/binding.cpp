@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(dgls, m) {
       "int min_stream_bytes=0, int pinned_bytes=0, int staging_bytes=67108864, "
       "int trace_uses=0, int copy_bytes_per_s=0, bool poison=False, str driver='auto', "
       "int faults=0, bool adapt=False, bool manual=False, int[] resident_blocks=[], "
-      "int window=-1, bool verify=False, str names='') -> int");
+      "int window=-1, int ram_bytes=0, int page_cache_bytes=0, bool verify=False, "
+      "str names='') -> int");
   m.def("plan_for(int engine, int budget_bytes) -> (int[], int[])");
   m.def("plan_in_force(int engine) -> (int[], int[])");
   m.def("rebuild(int engine, Tensor arena, int budget_bytes) -> ()");
@@ -30,6 +31,8 @@ STABLE_TORCH_LIBRARY(dgls, m) {
   m.def("wants_rebuild(int engine) -> bool");
   m.def("reload(int engine, int block) -> ()");
   m.def("stats(int engine) -> int[]");
+  m.def("host(int engine) -> int[]");
+  m.def("give_back(int engine, int bytes) -> ()");
   m.def("errors(int engine) -> str");
   m.def("trace(int engine) -> int[]");
   m.def("destroy(int engine) -> ()");
@@ -59,6 +62,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("wants_rebuild", TORCH_BOX(&dgls::op_wants_rebuild));
   m.impl("reload", TORCH_BOX(&dgls::op_reload));
   m.impl("stats", TORCH_BOX(&dgls::op_stats));
+  m.impl("host", TORCH_BOX(&dgls::op_host));
+  m.impl("give_back", TORCH_BOX(&dgls::op_give_back));
   m.impl("errors", TORCH_BOX(&dgls::op_errors));
   m.impl("trace", TORCH_BOX(&dgls::op_trace));
   m.impl("destroy", TORCH_BOX(&dgls::op_destroy));

@@ -134,7 +134,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
-                  int64_t window, bool verify, std::string names) {
+                  int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
+                  std::string names) {
   check_arena(arena);
   EngineSpec spec;
   spec.device = device_of(arena, driver);
@@ -148,6 +149,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   for (const std::string& file : files) spec.files.push_back(rust::String(file));
   spec.min_stream_bytes = unsigned_of(min_stream_bytes, "min_stream_bytes");
   spec.pinned_bytes = unsigned_of(pinned_bytes, "pinned_bytes");
+  spec.ram_bytes = unsigned_of(ram_bytes, "ram_bytes");
+  spec.page_cache_bytes = unsigned_of(page_cache_bytes, "page_cache_bytes");
   spec.staging_bytes = unsigned_of(staging_bytes, "staging_bytes");
   spec.trace_uses = unsigned_of(trace_uses, "trace_uses");
   spec.copy_bytes_per_s = unsigned_of(copy_bytes_per_s, "copy_bytes_per_s");
@@ -242,6 +245,18 @@ bool op_wants_rebuild(int64_t engine) {
 
 void op_reload(int64_t engine, int64_t block) {
   find_state(engine)->engine->reload(narrow(block, "block"));
+}
+
+Ints op_host(int64_t engine) {
+  Ints numbers;
+  for (uint64_t value : find_state(engine)->engine->host_facts()) {
+    numbers.push_back(static_cast<int64_t>(value));
+  }
+  return numbers;
+}
+
+void op_give_back(int64_t engine, int64_t bytes) {
+  find_state(engine)->engine->give_back(unsigned_of(bytes, "bytes"));
 }
 
 Ints op_stats(int64_t engine) {

@@ -20,7 +20,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   int64_t budget_bytes, int64_t min_stream_bytes, int64_t pinned_bytes,
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
-                  int64_t window, bool verify, std::string names);
+                  int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
+                  std::string names);
 
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
 std::tuple<Ints, Ints> op_plan_in_force(int64_t engine);
@@ -36,6 +37,8 @@ void op_end_pass(int64_t engine);
 bool op_wants_rebuild(int64_t engine);
 void op_reload(int64_t engine, int64_t block);
 Ints op_stats(int64_t engine);
+Ints op_host(int64_t engine);
+void op_give_back(int64_t engine, int64_t bytes);
 std::string op_errors(int64_t engine);
 Ints op_trace(int64_t engine);
 void op_destroy(int64_t engine);

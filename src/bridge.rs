@@ -7,6 +7,8 @@
     reason = "the generated half; each item of ours is documented"
 )]
 
+mod facts;
+
 use std::sync::Arc;
 
 use crate::driver::cuda::{CudaDevice, CudaOptions, driver_version};
@@ -46,6 +48,8 @@ mod ffi {
         files: Vec<String>,
         min_stream_bytes: u64,
         pinned_bytes: u64,
+        ram_bytes: u64,
+        page_cache_bytes: u64,
         staging_bytes: u64,
         trace_uses: u64,
         /// A name for each tensor, or none at all.
@@ -147,6 +151,8 @@ mod ffi {
         fn layout(self: &Handle) -> Result<Vec<UseLayout>>;
         fn order(self: &Handle) -> Result<Vec<u32>>;
         fn stats(self: &Handle) -> Result<StatsFacts>;
+        fn host_facts(self: &Handle) -> Result<Vec<u64>>;
+        fn give_back(self: &Handle, bytes: u64);
         fn last_errors(self: &Handle) -> Result<Vec<String>>;
         fn records(self: &Handle) -> Result<Vec<RecordFacts>>;
         fn close(self: &Handle) -> Result<()>;
@@ -174,20 +180,6 @@ fn profile_of(tensors: &[ffi::TensorSpec], order: &[u32], min_stream_bytes: u64)
     }
 }
 
-fn facts_of(plan: &crate::plan::Plan) -> ffi::PlanFacts {
-    ffi::PlanFacts {
-        resident: plan.resident.iter().map(|&resident| u8::from(resident)).collect(),
-        resident_bytes: plan.resident_bytes,
-        streamed_bytes: plan.streamed_bytes,
-        ring_bytes: plan.ring_bytes,
-        arena_bytes: plan.arena_bytes,
-        least_bytes: plan.least_bytes,
-        passes: plan.program.passes,
-        period_s: plan.period_s.unwrap_or(-1.0),
-        bound_s: plan.bound_s.unwrap_or(-1.0),
-    }
-}
-
 #[expect(clippy::ptr_arg, reason = "cxx passes a rust::Vec")]
 fn make_plan(
     tensors: &Vec<ffi::TensorSpec>,
@@ -197,7 +189,7 @@ fn make_plan(
 ) -> Result<ffi::PlanFacts> {
     fence(|| {
         let profile = profile_of(tensors, order, min_stream_bytes);
-        Ok(facts_of(&plan(&profile, budget_bytes)?))
+        Ok(facts::of_plan(&plan(&profile, budget_bytes)?))
     })
 }
 
@@ -242,6 +234,8 @@ fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
             names: spec.names.clone(),
             budget_bytes: spec.budget_bytes,
             pinned_bytes: spec.pinned_bytes,
+            ram_bytes: spec.ram_bytes,
+            page_cache_bytes: spec.page_cache_bytes,
             staging_bytes: spec.staging_bytes,
             trace_uses: usize::try_from(spec.trace_uses.min(1 << 20)).unwrap_or(0),
             options: Options {
@@ -323,11 +317,11 @@ impl Handle {
     }
 
     fn plan_for(&self, budget_bytes: u64) -> Result<ffi::PlanFacts> {
-        fence(|| Ok(facts_of(&self.engine.plan_for(budget_bytes)?)))
+        fence(|| Ok(facts::of_plan(&self.engine.plan_for(budget_bytes)?)))
     }
 
     fn plan_in_force(&self) -> Result<ffi::PlanFacts> {
-        fence(|| Ok(facts_of(&self.engine.forecast())))
+        fence(|| Ok(facts::of_plan(&self.engine.forecast())))
     }
 
     fn layout(&self) -> Result<Vec<ffi::UseLayout>> {
@@ -342,26 +336,15 @@ impl Handle {
     }
 
     fn stats(&self) -> Result<ffi::StatsFacts> {
-        fence(|| {
-            let stats = self.engine.stats();
-            let counters = stats.counters;
-            Ok(ffi::StatsFacts {
-                uses: counters.uses,
-                on_demand: counters.on_demand,
-                mispredicted: counters.mispredicted,
-                rebuilds: counters.rebuilds,
-                adopted: counters.adopted,
-                errors: counters.errors,
-                verified_bytes: counters.verified_bytes,
-                mismatches: counters.mismatches,
-                passes: stats.passes,
-                bytes: stats.bytes,
-                copies: stats.copies,
-                pinned_bytes: stats.pinned_bytes,
-                pin_failures: stats.pin_failures,
-                staging_bytes: stats.staging_bytes,
-            })
-        })
+        fence(|| Ok(facts::of_stats(&self.engine.stats())))
+    }
+
+    fn host_facts(&self) -> Result<Vec<u64>> {
+        fence(|| Ok(self.engine.host_facts().numbers().to_vec()))
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.engine.give_back(bytes);
     }
 
     fn last_errors(&self) -> Result<Vec<String>> {
@@ -370,18 +353,8 @@ impl Handle {
 
     fn records(&self) -> Result<Vec<ffi::RecordFacts>> {
         fence(|| {
-            let facts = |record: crate::engine::Record| ffi::RecordFacts {
-                number: record.number,
-                block: record.block,
-                bytes: record.bytes,
-                stretch_bytes: record.stretch_bytes,
-                copy_start_ns: record.times.copy_start_ns,
-                copy_end_ns: record.times.copy_end_ns,
-                wait_ns: record.times.wait_ns,
-                start_ns: record.times.start_ns,
-                end_ns: record.times.end_ns,
-            };
-            Ok(self.engine.records().into_iter().map(facts).collect())
+            let records = self.engine.records();
+            Ok(records.iter().map(facts::of_record).collect())
         })
     }
 

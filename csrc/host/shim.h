@@ -19,13 +19,17 @@ uint64_t dgls_host_page_bytes(void);
 int32_t dgls_host_lock(uint64_t address, uint64_t bytes);
 int32_t dgls_host_unlock(uint64_t address, uint64_t bytes);
 
-/* Page-aligned memory; 0 when there is none. */
+/* Whole pages, straight from the system and back to it; 0 when there are none. */
 uint64_t dgls_host_allocate(uint64_t bytes);
-void dgls_host_free(uint64_t address);
+void dgls_host_free(uint64_t address, uint64_t bytes);
 
 /* Opens a file for reading and writes its handle to *file. The path is UTF-8. */
 int32_t dgls_host_open(const char* path, int64_t* file);
 void dgls_host_close(int64_t file);
+
+/* Opens the same file once more, for reads that go past the page cache. Such a read takes offset,
+ * address and size as multiples of 4096. Fails where the file system has no such reads. */
+int32_t dgls_host_open_direct(int64_t file, int64_t* direct);
 
 /* Size and time of last change of an open file; a change between two calls means other bytes. */
 int32_t dgls_host_identity(int64_t file, uint64_t* bytes, int64_t* modified_ns);

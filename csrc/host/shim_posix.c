@@ -5,7 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -29,13 +29,13 @@ int32_t dgls_host_unlock(uint64_t address, uint64_t bytes) {
 }
 
 uint64_t dgls_host_allocate(uint64_t bytes) {
-  void* memory = NULL;
-  if (posix_memalign(&memory, (size_t)dgls_host_page_bytes(), (size_t)bytes) != 0) return 0;
-  return (uint64_t)(uintptr_t)memory;
+  void* memory =
+      mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return memory == MAP_FAILED ? 0 : (uint64_t)(uintptr_t)memory;
 }
 
-void dgls_host_free(uint64_t address) {
-  free((void*)(uintptr_t)address);
+void dgls_host_free(uint64_t address, uint64_t bytes) {
+  munmap((void*)(uintptr_t)address, (size_t)bytes);
 }
 
 int32_t dgls_host_open(const char* path, int64_t* file) {
@@ -43,6 +43,22 @@ int32_t dgls_host_open(const char* path, int64_t* file) {
   if (handle < 0) return errno;
   *file = handle;
   return 0;
+}
+
+int32_t dgls_host_open_direct(int64_t file, int64_t* direct) {
+#ifdef O_DIRECT
+  /* Not by its path: another file may have that by now. */
+  char path[64];
+  snprintf(path, sizeof path, "/proc/self/fd/%d", (int)file);
+  int handle = open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+  if (handle < 0) return errno;
+  *direct = handle;
+  return 0;
+#else
+  (void)file;
+  (void)direct;
+  return ENOTSUP;
+#endif
 }
 
 void dgls_host_close(int64_t file) {

@@ -1,7 +1,6 @@
 /* The shim on Windows. Written from the documentation; not run yet (see ARCHITECTURE.md). */
 #include "shim.h"
 
-#include <malloc.h>
 #include <string.h>
 #include <windows.h>
 
@@ -22,11 +21,13 @@ int32_t dgls_host_unlock(uint64_t address, uint64_t bytes) {
 }
 
 uint64_t dgls_host_allocate(uint64_t bytes) {
-  return (uint64_t)(uintptr_t)_aligned_malloc((size_t)bytes, (size_t)dgls_host_page_bytes());
+  return (uint64_t)(uintptr_t)VirtualAlloc(NULL, (SIZE_T)bytes, MEM_RESERVE | MEM_COMMIT,
+                                           PAGE_READWRITE);
 }
 
-void dgls_host_free(uint64_t address) {
-  _aligned_free((void*)(uintptr_t)address);
+void dgls_host_free(uint64_t address, uint64_t bytes) {
+  (void)bytes; /* MEM_RELEASE takes all of it and refuses a size */
+  VirtualFree((void*)(uintptr_t)address, 0, MEM_RELEASE);
 }
 
 int32_t dgls_host_open(const char* path, int64_t* file) {
@@ -38,6 +39,14 @@ int32_t dgls_host_open(const char* path, int64_t* file) {
                               FILE_ATTRIBUTE_NORMAL, NULL);
   if (handle == INVALID_HANDLE_VALUE) return (int32_t)GetLastError();
   *file = (int64_t)(intptr_t)handle;
+  return 0;
+}
+
+int32_t dgls_host_open_direct(int64_t file, int64_t* direct) {
+  HANDLE handle =
+      ReOpenFile((HANDLE)(intptr_t)file, GENERIC_READ, FILE_SHARE_READ, FILE_FLAG_NO_BUFFERING);
+  if (handle == INVALID_HANDLE_VALUE) return (int32_t)GetLastError();
+  *direct = (int64_t)(intptr_t)handle;
   return 0;
 }
 

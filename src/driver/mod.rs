@@ -212,6 +212,17 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::Read`].
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()>;
 
+    /// As [`Device::read`]; a file is read past the page cache where that can be, in whole sectors:
+    /// what lies before and behind the range is written as well, out to multiples of
+    /// [`host::shim::SECTOR_BYTES`]. Says whether it was read so.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Read`].
+    fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
+        self.read(source, address, bytes).map(|()| false)
+    }
+
     /// Copy stream: marks the end of the copy that reads staging chunk `chunk`.
     ///
     /// # Errors

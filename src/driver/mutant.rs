@@ -138,6 +138,9 @@ impl Device for Mutant {
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.inner.read(source, address, bytes)
     }
+    fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
+        self.inner.read_directly(source, address, bytes)
+    }
     fn read_back(&self, from: u64, address: u64, bytes: u64, on: ComputeStream) -> Result<()> {
         self.inner.read_back(from, address, bytes, on)
     }

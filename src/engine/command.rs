@@ -57,6 +57,19 @@ pub enum Command {
     Release(EventSlot),
 }
 
+impl Command {
+    /// Whether it stands for copies to the device.
+    pub(super) fn copies(self) -> bool {
+        matches!(self, Self::Copy { .. } | Self::Load { .. } | Self::LoadMissing { .. })
+    }
+
+    /// Whether the staging thread may run it: all of the copy stream but what goes ahead of it.
+    pub(super) fn is_queued(self) -> bool {
+        use Command::{Acquire, Cancel, Join, Release};
+        !matches!(self, Acquire { .. } | Cancel | Join(_) | Release(_))
+    }
+}
+
 /// What an engine may change about its schedule.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::adapt::{Assembly, Review, Tuner};
 use super::command::Command;
-use super::executor::{CopySide, Executor, Moved};
-use super::feed::{lock_streamed, staging_for, weights_of};
+use super::copying::{CopySide, Host, Moved};
+use super::executor::Executor;
 use super::order::Order;
 use super::schedule::Schedule;
 use super::trace::{Counters, ErrorLog, Trace};
@@ -14,7 +14,7 @@ use super::{Spec, Stats};
 use crate::driver::{ComputeStream, Device, EventSlot};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::pool::{Arena, Pins, Staging};
+use crate::pool::{Arena, Staging};
 use crate::units::index;
 
 /// Whether the engine takes calls.
@@ -39,7 +39,7 @@ pub(super) struct Core {
     pub(super) schedule: Schedule,
     pub(super) executor: Executor,
     // Dropped after the executor: copies out of page-locked memory have ended then.
-    pub(super) pins: Pins,
+    pub(super) host: Host,
     pub(super) trace: Trace,
     pub(super) assembly: Assembly,
     pub(super) tuner: Tuner,
@@ -59,7 +59,9 @@ pub(super) struct Core {
     entered_on: ComputeStream,
     moved: Arc<Moved>,
     pub(super) moved_before: (u64, u64),
-    staging_bytes: u64,
+    pub(super) staging_bytes: u64,
+    /// For each tensor how many times as long as over the link its bytes take; empty: all alike.
+    pub(super) slow: Vec<f64>,
     /// The arena was given back: no block may run until there is another one.
     pub(super) vacant: bool,
     pub(super) life: Life,
@@ -68,7 +70,7 @@ pub(super) struct Core {
 /// What a plan before leaves: memory, and residents in their place.
 #[derive(Debug, Default)]
 pub(super) struct Before {
-    pub(super) pins: Option<Pins>,
+    pub(super) host: Option<Host>,
     pub(super) staging: Option<Staging>,
     /// Empty, or for each tensor whether it lies where the plan has it.
     pub(super) kept: Vec<bool>,
@@ -84,20 +86,22 @@ impl Core {
         arena: Arena,
         before: Before,
     ) -> Result<Self> {
-        let Before { pins, staging, kept } = before;
-        let mut pins = lock_streamed(&device, &spec, &plan, pins);
+        let Before { host, staging, kept } = before;
+        let mut host = host.unwrap_or_else(|| Host::new(Arc::clone(&device)));
+        host.prepare(&spec, &plan);
         let program = Arc::new(plan.program.clone());
-        let mut weights = weights_of(device.as_ref(), &spec, &pins);
-        let staging = match staging_for(&device, &spec, &weights, staging) {
-            Err(_) if pins.bytes() > 0 => {
-                pins.give_up();
-                weights = weights_of(device.as_ref(), &spec, &pins);
-                staging_for(&device, &spec, &weights, None)?
+        host.take_news();
+        let mut weights = host.weights(&spec);
+        let staging = match host.staging_for(&spec, &plan, &weights, staging) {
+            Err(_) if host.give_up() => {
+                weights = host.weights(&spec);
+                host.staging_for(&spec, &plan, &weights, None)?
             }
             staging => staging?,
         };
         let slots = Schedule::event_slots(&program);
-        device.prepare(slots, staging.as_ref().map_or(0, Staging::count))?;
+        // Also for chunks that are made only when page-locks are given back.
+        device.prepare(slots, Host::chunks(&spec, &plan).0)?;
         let capacity = Schedule::most_commands(&program);
         let staging_bytes = staging.as_ref().map_or(0, Staging::bytes);
         let moved = Arc::new(Moved::default());
@@ -107,14 +111,15 @@ impl Core {
             weights,
             arena,
             staging,
+            cache: Arc::clone(&host.cache),
             kept: kept.clone(),
             moved: Arc::clone(&moved),
         };
         Ok(Self {
             device,
             schedule: Schedule::new(program, spec.options, &kept),
-            executor: Executor::new(copy_side, capacity)?,
-            pins,
+            executor: Executor::new(copy_side, Arc::clone(&host.choice), capacity)?,
+            host,
             order: Order::new(spec.profile.order.clone()),
             trace: Trace::new(spec.trace_uses),
             assembly: Assembly::new(spec.profile.order.len()),
@@ -133,6 +138,7 @@ impl Core {
             moved_before: (0, 0),
             staging_bytes,
             vacant: false,
+            slow: Vec::new(),
             life: Life::Open,
             spec,
             plan,
@@ -332,7 +338,7 @@ impl Core {
         let stopped = self.stop();
         let stats = self.stats();
         drop(self.executor.take_staging());
-        self.pins = Pins::none(Arc::clone(&self.device));
+        self.host.clear();
         self.life = Life::Closed(stats);
         if matches!(before, Life::Poisoned(_)) { Ok(()) } else { stopped }
     }
@@ -352,8 +358,8 @@ impl Core {
             passes: self.order.passes(),
             bytes,
             copies,
-            pinned_bytes: self.pins.bytes(),
-            pin_failures: self.pins.failed(),
+            pinned_bytes: self.host.pinned().0,
+            pin_failures: self.host.pinned().1,
             staging_bytes: self.staging_bytes,
         }
     }

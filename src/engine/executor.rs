@@ -1,174 +1,17 @@
 //! Command in, device call out: the only place where the schedule meets the device.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
 
 use super::command::Command;
-use super::stager::Stager;
-use crate::driver::{ComputeStream, Device, H2d, Source};
+use super::copying::{CopySide, Lane, Stager, Weight};
+use crate::driver::{ComputeStream, Device};
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program};
-use crate::pool::{Arena, Staging};
+use crate::pool::{Cache, SharedChoice, Staging};
 use crate::sync::{Mutex, MutexGuard};
-use crate::units::{align_up, index};
-
-/// Most copies that wait to be enqueued together.
-const MOST_GATHERED: usize = 64;
-
-/// Where the bytes of one tensor lie.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Weight {
-    /// First byte.
-    pub source: Source,
-    /// Whether the device takes the source as it is; else it is staged.
-    pub direct: bool,
-}
-
-/// Bytes and number of the copies enqueued so far; read without stopping who counts.
-#[derive(Debug, Default)]
-pub(super) struct Moved {
-    bytes: AtomicU64,
-    copies: AtomicU64,
-}
-
-impl Moved {
-    fn add(&self, bytes: u64, copies: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.copies.fetch_add(copies, Ordering::Relaxed);
-    }
-
-    /// Bytes and copies.
-    pub(super) fn sums(&self) -> (u64, u64) {
-        (self.bytes.load(Ordering::Relaxed), self.copies.load(Ordering::Relaxed))
-    }
-}
-
-/// The copy stream's half: runs in the calling thread, or in the staging thread.
-#[derive(Debug)]
-pub(super) struct CopySide {
-    pub(super) device: Arc<dyn Device>,
-    pub(super) program: Arc<Program>,
-    pub(super) weights: Vec<Weight>,
-    pub(super) arena: Arena,
-    pub(super) staging: Option<Staging>,
-    /// Resident tensors that the plan before had in the same place.
-    pub(super) kept: Vec<bool>,
-    pub(super) moved: Arc<Moved>,
-}
-
-impl CopySide {
-    /// Runs a command that is no copy.
-    fn run(&self, command: Command) -> Result<()> {
-        match command {
-            Command::WaitDone(slot) => self.device.wait_done(slot),
-            Command::CopyStart(slot) => self.device.mark_copy_start(slot),
-            Command::Ready { slot, .. } => self.device.mark_ready(slot),
-            Command::Poison { position } => self.poison(position),
-            Command::Copy { .. }
-            | Command::Load { .. }
-            | Command::LoadMissing { .. }
-            | Command::Cancel
-            | Command::Join(_)
-            | Command::Acquire { .. }
-            | Command::Release(_) => Ok(()),
-        }
-    }
-
-    fn poison(&self, position: u32) -> Result<()> {
-        let used = &self.program.uses[index(position)];
-        for copy in self.program.copies_of(used) {
-            let bytes = align_up(copy.bytes);
-            self.device.fill(self.arena.at(copy.target_offset, bytes), bytes, 0xFF)?;
-        }
-        Ok(())
-    }
-}
-
-/// The copy side, and the copies that wait to be enqueued together.
-///
-/// None waits any more when another command is run, nor between two calls of the engine. So those
-/// of one batch belong to one use, and none writes what another one writes.
-#[derive(Debug)]
-pub(super) struct Lane {
-    side: CopySide,
-    gathered: Vec<H2d>,
-}
-
-impl Lane {
-    pub(super) fn new(side: CopySide) -> Self {
-        Self { side, gathered: Vec::with_capacity(MOST_GATHERED) }
-    }
-
-    /// Runs a command to its end.
-    pub(super) fn run(&mut self, command: Command) -> Result<()> {
-        self.take(command)?;
-        self.enqueue()
-    }
-
-    /// Runs a command, but only gathers the copies that the device takes as they are.
-    fn take(&mut self, command: Command) -> Result<()> {
-        match command {
-            Command::Copy { index: number } => self.copy(self.side.program.copies[index(number)]),
-            Command::Load { block } => {
-                let program = Arc::clone(&self.side.program);
-                program.loads[index(block)].iter().try_for_each(|&copy| self.copy(copy))
-            }
-            Command::LoadMissing { block } => {
-                let program = Arc::clone(&self.side.program);
-                for &load in &program.loads[index(block)] {
-                    if !self.side.kept[index(load.tensor)] {
-                        self.copy(load)?;
-                    }
-                }
-                Ok(())
-            }
-            other => self.side.run(other),
-        }
-    }
-
-    fn copy(&mut self, copy: Copy) -> Result<()> {
-        let weight = self.side.weights[index(copy.tensor)];
-        let source = weight.source.advanced(copy.source_offset);
-        let target = self.side.arena.at(copy.target_offset, copy.bytes);
-        if weight.direct {
-            return self.gather(H2d { source, target, bytes: copy.bytes });
-        }
-        self.enqueue()?;
-        self.side.moved.add(copy.bytes, 1);
-        match &mut self.side.staging {
-            Some(staging) => staging.copy(source, target, copy.bytes),
-            None => Err(Error::Internal("a weight to stage, but no staging chunks".into())),
-        }
-    }
-
-    /// Joins neighbours to one copy.
-    fn gather(&mut self, next: H2d) -> Result<()> {
-        if let Some(last) = self.gathered.last_mut() {
-            let bytes = last.bytes + next.bytes;
-            if last.meets(&next) && self.side.device.takes_as_one(last.source, bytes) {
-                last.bytes = bytes;
-                return Ok(());
-            }
-        }
-        if self.gathered.len() == MOST_GATHERED {
-            self.enqueue()?;
-        }
-        self.gathered.push(next);
-        Ok(())
-    }
-
-    /// Enqueues what was gathered.
-    fn enqueue(&mut self) -> Result<()> {
-        if self.gathered.is_empty() {
-            return Ok(());
-        }
-        let bytes = self.gathered.iter().map(|copy| copy.bytes).sum();
-        self.side.moved.add(bytes, self.gathered.len() as u64);
-        let done = self.side.device.copy_batch(&self.gathered);
-        self.gathered.clear();
-        done
-    }
-}
+use crate::units::index;
 
 /// Who runs the copy side's commands of one call.
 enum Runner<'a> {
@@ -189,30 +32,67 @@ impl Runner<'_> {
 #[derive(Debug)]
 pub(super) struct Executor {
     device: Arc<dyn Device>,
+    program: Arc<Program>,
     lane: Arc<Mutex<Lane>>,
     stager: Option<Stager>,
     staged_copies: Vec<bool>,
     staged_loads: Vec<bool>,
+    cache: Arc<RwLock<Cache>>,
+    choice: SharedChoice,
+    capacity: usize,
 }
 
 impl Executor {
     /// # Errors
     ///
     /// [`Error::Invalid`] when the system refuses the staging thread.
-    pub(super) fn new(copy_side: CopySide, capacity: usize) -> Result<Self> {
-        let indirect = |copy: &Copy| !copy_side.weights[index(copy.tensor)].direct;
-        let program = &copy_side.program;
-        let staged_copies: Vec<bool> = program.copies.iter().map(indirect).collect();
-        let staged_loads: Vec<bool> =
-            program.loads.iter().map(|loads| loads.iter().any(indirect)).collect();
-        let any = staged_copies.iter().chain(&staged_loads).any(|&s| s);
-        if any && copy_side.staging.is_none() {
-            return Err(Error::Internal("weights to stage, but no staging chunks".into()));
+    pub(super) fn new(copy_side: CopySide, choice: SharedChoice, capacity: usize) -> Result<Self> {
+        let weights = copy_side.weights.clone();
+        let mut executor = Self {
+            device: Arc::clone(&copy_side.device),
+            program: Arc::clone(&copy_side.program),
+            cache: Arc::clone(&copy_side.cache),
+            lane: Arc::new(Mutex::new(Lane::new(copy_side))),
+            stager: None,
+            staged_copies: Vec::new(),
+            staged_loads: Vec::new(),
+            choice,
+            capacity,
+        };
+        executor.update(weights)?;
+        Ok(executor)
+    }
+
+    /// Takes note of where the weights are now. What is enqueued already comes from where they
+    /// were.
+    ///
+    /// # Errors
+    ///
+    /// As [`Executor::new`].
+    pub(super) fn update(&mut self, weights: Vec<Weight>) -> Result<()> {
+        let staged = |copy: &Copy| !weights[index(copy.tensor)].direct;
+        self.staged_copies = self.program.copies.iter().map(staged).collect();
+        self.staged_loads =
+            self.program.loads.iter().map(|loads| loads.iter().any(staged)).collect();
+        let any = self.staged_copies.iter().chain(&self.staged_loads).any(|&staged| staged);
+        let mut lane = self.lane.lock();
+        let issued = lane.issued();
+        if any && self.stager.is_none() {
+            let Some(staging) = lane.staging() else {
+                return Err(Error::Internal("weights to stage, but no staging chunks".into()));
+            };
+            self.stager = Some(Stager::start(
+                Arc::clone(&self.lane),
+                Arc::clone(&self.device),
+                staging,
+                Arc::clone(&self.cache),
+                Arc::clone(&self.choice),
+                self.capacity,
+                issued,
+            )?);
         }
-        let device = Arc::clone(&copy_side.device);
-        let lane = Arc::new(Mutex::new(Lane::new(copy_side)));
-        let stager = if any { Some(Stager::start(Arc::clone(&lane), capacity)?) } else { None };
-        Ok(Self { device, lane, stager, staged_copies, staged_loads })
+        lane.set_weights(weights);
+        Ok(())
     }
 
     fn needs_staging(&self, command: Command) -> bool {
@@ -236,9 +116,18 @@ impl Executor {
             commands.iter().any(|&command| self.needs_staging(command)) || !stager.is_idle()
         });
         let mut runner = queue.map_or_else(|| Runner::Here(self.lane.lock()), Runner::Thread);
-        for &command in commands {
-            use Command::{Copy, Load, LoadMissing};
-            if !matches!(command, Copy { .. } | Load { .. } | LoadMissing { .. }) {
+        let mut rest = commands;
+        while let Some((&command, after)) = rest.split_first() {
+            if let Runner::Thread(stager) = &runner {
+                let pushed = rest.iter().take_while(|command| command.is_queued()).count();
+                if pushed > 0 {
+                    stager.push(rest[..pushed].iter().copied());
+                    rest = &rest[pushed..];
+                    continue;
+                }
+            }
+            rest = after;
+            if !command.copies() {
                 runner.enqueue()?;
             }
             match command {
@@ -255,16 +144,37 @@ impl Executor {
                 Command::Release(slot) => self.device.mark_done(slot, compute)?,
                 Command::Join(slot) => self.device.wait_done(slot)?,
                 Command::Cancel => queue.iter().for_each(|stager| stager.cancel()),
-                copy_side => match &mut runner {
-                    Runner::Thread(stager) => stager.push(copy_side),
-                    Runner::Here(lane) => self.run_here(lane, copy_side)?,
-                },
+                copy_side => {
+                    if let Runner::Here(lane) = &mut runner {
+                        self.run_here(lane, copy_side)?;
+                    }
+                }
             }
         }
         runner.enqueue()?;
         drop(runner);
         self.device.flush();
         Ok(())
+    }
+
+    /// Blocks until no host weights are read but by copies that are enqueued.
+    pub(super) fn settle(&self) {
+        self.stager.iter().for_each(Stager::wait_idle);
+    }
+
+    /// Whether there is a staging thread.
+    pub(super) fn is_staging(&self) -> bool {
+        self.stager.is_some()
+    }
+
+    /// Whether there are staging chunks.
+    pub(super) fn has_staging(&self) -> bool {
+        self.lane.lock().staging().is_some()
+    }
+
+    /// Gives the staging chunks that were not needed so far.
+    pub(super) fn give_staging(&self, staging: Option<Staging>) {
+        *self.lane.lock().staging() = staging;
     }
 
     /// Whether the staging thread has nothing to do.
@@ -289,7 +199,7 @@ impl Executor {
     pub(super) fn recover(&self) -> Result<()> {
         let queued = self.stager.as_ref().map_or_else(Vec::new, Stager::reset);
         // Something is left only where a panic came between.
-        self.lane.lock().gathered.clear();
+        self.lane.lock().forget();
         queued.into_iter().try_for_each(|slot| self.device.wait_done(slot))
     }
 
@@ -306,6 +216,6 @@ impl Executor {
 
     /// Takes the staging chunks, of an executor that has stopped.
     pub(super) fn take_staging(&self) -> Option<Staging> {
-        self.lane.lock().side.staging.take()
+        self.lane.lock().staging().take()
     }
 }

@@ -2,12 +2,12 @@
 
 mod adapt;
 mod command;
+mod copying;
 mod core;
 mod executor;
-mod feed;
 mod order;
+mod relief;
 mod schedule;
-mod stager;
 mod trace;
 mod verify;
 
@@ -16,13 +16,13 @@ mod verify;
 mod stager_model;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 pub use adapt::{Adapt, PassTimes, Reason, Tuner};
 pub use command::{Command, Options};
-pub use executor::Weight;
+pub use copying::{HostFacts, Weight};
 pub use order::Order;
 pub use schedule::{Entered, Schedule};
 pub use trace::{Counters, Record, Trace};
@@ -47,6 +47,10 @@ pub struct Spec {
     pub budget_bytes: u64,
     /// Most host bytes to page-lock in place.
     pub pinned_bytes: u64,
+    /// Most bytes of whole pages that hold copies of what the files hold, page-locked or not.
+    pub ram_bytes: u64,
+    /// What the system's page cache has room for.
+    pub page_cache_bytes: u64,
     /// Page-locked bytes for staging, when something needs it.
     pub staging_bytes: u64,
     /// Uses that the trace keeps.
@@ -60,6 +64,8 @@ pub struct Spec {
 pub struct Engine {
     core: Mutex<Core>,
     wants_rebuild: AtomicBool,
+    /// Host bytes that the next block is to give back first.
+    lacking: AtomicU64,
 }
 
 /// Numbers for a report.
@@ -105,7 +111,11 @@ impl Engine {
         let plan = plan(&spec.profile, spec.budget_bytes)?;
         let arena = Arena::new(arena_address, arena_bytes, plan.arena_bytes)?;
         let core = Core::new(device, spec, plan, arena, Before::default())?;
-        Ok(Self { core: Mutex::new(core), wants_rebuild: AtomicBool::new(false) })
+        Ok(Self {
+            core: Mutex::new(core),
+            wants_rebuild: AtomicBool::new(false),
+            lacking: AtomicU64::new(0),
+        })
     }
 
     /// Plans anew, for another budget and for the order and the times learned so far, in the same
@@ -159,7 +169,8 @@ impl Engine {
     /// Whether [`Engine::enter`] may block the calling thread now, so that a caller who holds a
     /// lock of its own gives that up first.
     pub fn may_block(&self, block: u32) -> bool {
-        self.core.try_lock().is_none_or(|core| core.may_block(block))
+        self.lacking.load(Ordering::Relaxed) > 0
+            || self.core.try_lock().is_none_or(|core| core.may_block(block))
     }
 
     /// `block` begins on `compute`. After this returns, kernels enqueued on `compute` find its
@@ -171,6 +182,10 @@ impl Engine {
     /// the copies; the block has not begun then.
     pub fn enter(&self, block: u32, compute: ComputeStream) -> Result<u32> {
         self.core.lock().call(|core| {
+            if self.lacking.load(Ordering::Relaxed) > 0 {
+                // An error of the device will come again in what follows, and be told then.
+                let _ = core.give_back(self.lacking.swap(0, Ordering::Relaxed));
+            }
             let entered = core.enter(block, compute);
             if core.wants_rebuild() {
                 self.wants_rebuild.store(true, Ordering::Release);
@@ -259,6 +274,17 @@ impl Engine {
             plan.bound_s = bound_s(&profile, budget_bytes).ok();
         }
         plan
+    }
+
+    /// The system runs short of `bytes` bytes of memory: page-locks and copies are given back, as
+    /// many as there are, before the next block begins. Never blocks.
+    pub fn give_back(&self, bytes: u64) {
+        self.lacking.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    /// What host memory is held and used.
+    pub fn host_facts(&self) -> HostFacts {
+        self.core.lock().host_facts()
     }
 
     /// Counts so far.

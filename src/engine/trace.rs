@@ -17,6 +17,9 @@ pub struct Record {
     /// Bytes of those that were copied from [`UseTimes::copy_start_ns`] on, in one stretch; 0 if
     /// residents were brought in it too.
     pub stretch_bytes: u64,
+    /// The bytes that the link could have carried in the time that the stretch takes: more than
+    /// `stretch_bytes` where some come from a slower tier.
+    pub stretch_cost: u64,
     /// Copies of that stretch.
     pub stretch_copies: u32,
     /// When.

@@ -19,20 +19,29 @@ pub(super) struct Goal {
     pub(super) stride: usize,
     /// Device bytes to plan for; tensors never add up to just the budget.
     pub(super) memory: f64,
+    /// Bytes are wanted in proportion to the `bias`-th power of how fast they come.
+    pub(super) bias: i32,
     /// Blocks that stay whole: one, where an odd number of streamed uses would not take turns.
     pub(super) whole: Option<usize>,
 }
 
 /// Streamed bytes wanted of each block; `None` if all that may be streamed is not enough.
-pub(super) fn wanted(problem: &Problem, means: &[f64], goal: Goal) -> Option<Vec<f64>> {
-    let family = Family::new(problem, means, goal);
+/// `slow` says of each block how many times as long as over the link its bytes take, or nothing.
+pub(super) fn wanted(
+    problem: &Problem,
+    means: &[f64],
+    slow: &[f64],
+    goal: Goal,
+) -> Option<Vec<f64>> {
+    let family = Family::new(problem, means, slow, goal);
     let slope = goal.beta.abs() * means.iter().copied().fold(0.0, f64::max);
     let most = family.caps.iter().copied().fold(0.0, f64::max);
-    let (mut low, mut high) = (-slope - 1.0, most + slope + 1.0);
+    let least_share = family.shares.iter().copied().fold(1.0, f64::min);
+    let (mut low, mut high) = (-slope - 1.0, (most + 1.0) / least_share + slope);
     if family.memory(high) > goal.memory {
         return None;
     }
-    for _ in 0..50 {
+    for _ in 0..if family.shares.is_empty() { 50 } else { 100 } {
         let middle = f64::midpoint(low, high);
         if family.memory(middle) > goal.memory { low = middle } else { high = middle }
     }
@@ -45,11 +54,13 @@ struct Family<'a> {
     /// The most that each block may stream; 0 where it is not to.
     caps: Vec<f64>,
     counts: Vec<f64>,
+    /// What of the level each block streams; empty: all of it.
+    shares: Vec<f64>,
     total: f64,
 }
 
 impl<'a> Family<'a> {
-    fn new(problem: &Problem, means: &'a [f64], goal: Goal) -> Self {
+    fn new(problem: &Problem, means: &'a [f64], slow: &[f64], goal: Goal) -> Self {
         let mut counts = vec![0.0; problem.bytes.len()];
         let mut caps = vec![0.0; problem.bytes.len()];
         let mut found = 0;
@@ -67,11 +78,14 @@ impl<'a> Family<'a> {
         if let Some(block) = goal.whole {
             caps[block] = 0.0;
         }
-        Self { goal, means, caps, counts, total: real(problem.total_bytes()) }
+        let slow = if goal.bias == 0 { &[] } else { slow };
+        let shares = slow.iter().map(|slow| slow.powi(-goal.bias)).collect();
+        Self { goal, means, caps, counts, shares, total: real(problem.total_bytes()) }
     }
 
     fn at(&self, block: usize, alpha: f64) -> f64 {
-        (alpha + self.goal.beta * self.means[block]).clamp(0.0, self.caps[block])
+        let share = self.shares.get(block).copied().unwrap_or(1.0);
+        (share * (alpha + self.goal.beta * self.means[block])).clamp(0.0, self.caps[block])
     }
 
     /// Residents and ring.

@@ -79,6 +79,9 @@ pub struct Profile {
     pub resident_blocks: Option<Vec<u32>>,
     /// At most this many uses are copied ahead of the running one.
     pub window_uses: Option<u32>,
+    /// For each tensor how many times as long as over the link its bytes take, 1 or more: they come
+    /// from a slower place. Empty: all come at the rate of the link.
+    pub slow: Vec<f64>,
     /// Every tensor has the same address in every pass, even where a cycle of several passes would
     /// be faster.
     pub one_pass: bool,
@@ -134,6 +137,13 @@ impl Profile {
                     "resident blocks must be in 0..{blocks}, got {block}"
                 )));
             }
+        }
+        if !self.slow.is_empty() && self.slow.len() != self.tensors.len() {
+            let (need, found) = (self.tensors.len(), self.slow.len());
+            return Err(Error::Invalid(format!("slow needs {need} factors or none, got {found}")));
+        }
+        if let Some(slow) = self.slow.iter().find(|slow| !(1.0..1e9).contains(*slow)) {
+            return Err(Error::Invalid(format!("slow must be 1 to 1e9, got {slow}")));
         }
         self.times.as_ref().map_or(Ok(()), |times| times.check(self.order.len()))
     }
@@ -303,7 +313,13 @@ pub fn period_s(profile: &Profile, plan: &Plan) -> Result<f64> {
         return Err(Error::Invalid("the plan was made for another order, or without times".into()));
     }
     let problem = Problem::new(profile, u64::MAX, u64::MAX); // no way to split is needed
-    Ok(steps::period_of(&problem, &plan.program))
+    let mut counts = vec![0; problem.bytes.len()];
+    let place = |tensor: &Tensor| {
+        counts[index(tensor.block)] += 1;
+        counts[index(tensor.block)] - 1
+    };
+    let places: Vec<u32> = profile.tensors.iter().map(place).collect();
+    Ok(steps::period_of(&problem, &plan.program, &places))
 }
 
 #[cfg(test)]

@@ -33,6 +33,9 @@ pub(super) struct Problem {
     /// Bytes of each tensor of each block, as they lie in the arena; empty where any byte may be
     /// streamed.
     pub(super) tensors: Vec<Vec<u64>>,
+    /// For each tensor of each block how many times as long as over the link its bytes take; no
+    /// block where all come at the rate of the link.
+    pub(super) slow: Vec<Vec<f64>>,
     /// Every tensor starts at a multiple of this in the arena.
     pub(super) align_bytes: u64,
     /// Bytes of each block.
@@ -60,12 +63,16 @@ impl Problem {
             tensors[index(tensor.block)].push(align_up(tensor.bytes));
         }
         let bytes: Vec<u64> = tensors.iter().map(|sizes: &Vec<u64>| sizes.iter().sum()).collect();
+        let mut slow = vec![Vec::new(); if profile.slow.is_empty() { 0 } else { bytes.len() }];
+        for (tensor, &times) in profile.tensors.iter().zip(&profile.slow) {
+            slow[index(tensor.block)].push(times);
+        }
         let missing = bytes.iter().sum::<u64>().saturating_sub(budget_bytes);
         let even_s = real(missing) / ASSUMED_BYTES_PER_S / count(profile.order.len().max(1));
         let assumed =
             Link { bytes_per_s: ASSUMED_BYTES_PER_S, latency_s: ASSUMED_LATENCY * even_s };
         let link = profile.times.as_ref().map_or(assumed, |times| times.link);
-        let (kinds, kind_of) = by_tensors(&tensors, min_stream_bytes, link.copy_bytes());
+        let (kinds, kind_of) = by_tensors(&tensors, &slow, min_stream_bytes, link.copy_bytes());
         let manual = profile.resident_blocks.as_ref().map(|blocks| {
             let mut resident = vec![false; bytes.len()];
             for &block in blocks {
@@ -80,6 +87,7 @@ impl Problem {
             kinds,
             kind_of,
             tensors,
+            slow,
             align_bytes: ALIGN_BYTES,
             // Before anything was measured every use computes alike, and a pass as long as its
             // copies take, which is where a bad plan loses the most.
@@ -109,6 +117,26 @@ impl Problem {
         &self.kinds[self.kind_of[block]]
     }
 
+    /// Seconds of one copy of a block's tensor.
+    pub(super) fn copy_s(&self, block: usize, tensor: u32, bytes: u64) -> f64 {
+        let slow = self.slow.get(block).map_or(1.0, |slow| slow[index(tensor)]);
+        self.link.latency_s + slow * real(bytes) / self.link.bytes_per_s
+    }
+
+    /// For each block how many times as long as over the link its bytes take together; none where
+    /// all blocks are alike.
+    pub(super) fn slow_blocks(&self) -> Vec<f64> {
+        let mean = |(sizes, slow): (&Vec<u64>, &Vec<f64>)| {
+            let bytes: u64 = sizes.iter().sum();
+            let costs = sizes.iter().zip(slow).map(|(&bytes, slow)| real(bytes) * slow);
+            if bytes == 0 { 1.0 } else { costs.sum::<f64>() / real(bytes) }
+        };
+        let means: Vec<f64> = self.tensors.iter().zip(&self.slow).map(mean).collect();
+        let first = means.first().copied().unwrap_or(1.0);
+        let alike = means.iter().all(|mean| (mean - first).abs() < 0.01 * first);
+        if alike { Vec::new() } else { means }
+    }
+
     /// Bytes of all blocks.
     pub(super) fn total_bytes(&self) -> u64 {
         self.bytes.iter().sum()
@@ -127,7 +155,23 @@ impl Problem {
             self.uses.iter().filter(first).map(|slot| self.bytes[slot.block]).sum()
         };
         let missing = used.saturating_sub(self.budget_bytes);
-        self.compute_s().max(real(missing) / self.link.bytes_per_s)
+        self.compute_s().max(self.least_cost(missing) / self.link.bytes_per_s)
+    }
+
+    /// What `missing` bytes cost at least, in bytes over the link: the fastest come.
+    fn least_cost(&self, missing: u64) -> f64 {
+        let used = |block: &usize| !self.dormant.contains(block);
+        let blocks = (0..self.slow.len()).filter(used);
+        let pairs = blocks.flat_map(|b| std::iter::zip(&self.slow[b], &self.tensors[b]));
+        let mut pairs: Vec<(f64, u64)> = pairs.map(|(&slow, &bytes)| (slow, bytes)).collect();
+        pairs.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (mut left, mut cost) = (missing, 0.0);
+        for (slow, bytes) in pairs {
+            let taken = bytes.min(left);
+            left -= taken;
+            cost += slow * real(taken);
+        }
+        cost + real(left)
     }
 
     /// The block that needs the most, and its bytes.

@@ -1,6 +1,8 @@
 //! Decides which candidates are tried: members of the family, their neighbours, and the optimum
 //! over all policies, rounded to tensors.
 
+mod coarse;
+
 use super::bound::solution_of;
 use super::level::{Goal, diffuse, mean_compute, wanted};
 use super::place::Placement;
@@ -19,16 +21,12 @@ const FINE_EXCESS: [f64; 6] = [0.0, 0.0015, 0.004, 0.008, 0.015, 0.03];
 const PHASES: [f64; 5] = [0.0, 0.2, 0.4, -0.2, -0.4];
 /// Members whose neighbours are tried.
 const REFINED: usize = 3;
-/// Blocks with so few splits are searched one by one, in so many rounds.
+/// Blocks with so few splits are searched one by one.
 const COARSE: u64 = 4;
-const ROUNDS: usize = 8;
 /// So few blocks are tried in every residency and in many places.
 const VERY_FEW: usize = 6;
-/// So many residencies of up to so many whole blocks are laid anew, each beside so many before and
-/// behind it.
-const LAID_ANEW: usize = 8;
+/// Up to so many whole blocks are laid anew.
 const MOST_LAID_ANEW: usize = 32;
-const NEAR: usize = 3;
 /// Uses up to which the linear program is solved: 3 ms for 60, 130 ms for 400.
 const MOST_FOR_LP: usize = 100;
 /// Uses up to which every number of turns is tried.
@@ -60,18 +58,21 @@ struct Member {
     turns: u32,
     passes: u32,
     stride: usize,
+    bias: i32,
     whole: Option<usize>,
 }
 
 struct Search<'a> {
     trial: Trial<'a>,
     means: Vec<f64>,
+    slow: Vec<f64>,
 }
 
 /// The best plan for a problem that does not fit as a whole, but whose largest block does; `None`
 /// where too little may be streamed.
 pub(super) fn search(problem: &Problem) -> Option<Found> {
-    let mut search = Search { trial: Trial::new(problem), means: mean_compute(problem) };
+    let (means, slow) = (mean_compute(problem), problem.slow_blocks());
+    let mut search = Search { trial: Trial::new(problem), means, slow };
     match &problem.manual {
         Some(manual) => {
             let whole = |block: usize| {
@@ -161,11 +162,15 @@ impl<'a> Search<'a> {
         let turns = if uses <= FEW { (1..=narrow(uses)).collect() } else { turns_of(uses) };
         let mut found: Vec<(f64, Member)> = Vec::new();
         let odd = if uses % 2 == 1 { self.smallest_once() } else { None };
+        // Equal bytes of all, equal seconds, and first what comes fast.
+        let biases: &[i32] = if self.slow.is_empty() { &[0] } else { &[0, 1, 8] };
         let spared: &[Option<usize>] = if odd.is_some() { &[None, odd] } else { &[None] };
         for &beta in betas {
             for &turns in &turns {
-                for &whole in spared {
-                    let member = Member { beta, turns, passes, stride, whole };
+                for (&whole, &bias) in
+                    spared.iter().flat_map(|w| biases.iter().map(move |b| (w, b)))
+                {
+                    let member = Member { beta, turns, passes, stride, bias, whole };
                     let period_s = self.member(member, &EXCESS, &[0.0], 1);
                     found.extend(period_s.map(|period_s| (period_s, member)));
                 }
@@ -173,9 +178,9 @@ impl<'a> Search<'a> {
         }
         found.sort_by(|a, b| a.0.total_cmp(&b.0));
         // The best of each slope: neighbours of one another lead to the same plans.
-        let mut slopes: Vec<(u64, Option<usize>)> = Vec::new();
+        let mut slopes: Vec<(u64, i32, Option<usize>)> = Vec::new();
         found.retain(|(_, member)| {
-            let slope = (member.beta.to_bits(), member.whole);
+            let slope = (member.beta.to_bits(), member.bias, member.whole);
             let new = !slopes.contains(&slope);
             slopes.extend(new.then_some(slope));
             new
@@ -215,97 +220,6 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Where blocks can hardly be split, sums of what is wanted say little of single blocks: from
-    /// the fastest plan, and from none at all, blocks change their split for as long as that helps.
-    fn climb(&mut self) {
-        let problem = self.problem();
-        let blocks = problem.bytes.len();
-        let fastest = (self.trial.fastest(), self.trial.best_s);
-        for (mut splits, mut best_s) in [fastest, (self.all_streamed(), f64::INFINITY)] {
-            best_s = self.every_turn(&splits).unwrap_or(best_s).min(best_s);
-            for _ in 0..ROUNDS {
-                let before_s = best_s;
-                for block in 0..blocks {
-                    for split in 0..problem.splits(block).count() {
-                        let kept = std::mem::replace(&mut splits[block], split);
-                        match self.every_turn(&splits).filter(|_| split != kept) {
-                            Some(period_s) if period_s < best_s => best_s = period_s,
-                            _ => splits[block] = kept,
-                        }
-                    }
-                    for other in self.alike(&splits, block) {
-                        splits.swap(block, other);
-                        match self.every_turn(&splits) {
-                            Some(period_s) if period_s < best_s => best_s = period_s,
-                            _ => splits.swap(block, other),
-                        }
-                    }
-                }
-                if best_s >= before_s {
-                    break;
-                }
-            }
-        }
-    }
-
-    /// The nearest blocks of the same sizes, before and behind, that are split in another way.
-    fn alike(&self, splits: &[u64], block: usize) -> impl Iterator<Item = usize> + use<> {
-        let kind_of = &self.problem().kind_of;
-        let other =
-            |&other: &usize| kind_of[other] == kind_of[block] && splits[other] != splits[block];
-        let before = (0..block).rev().find(other);
-        let behind = (block + 1..splits.len()).find(other);
-        [before, behind].into_iter().flatten()
-    }
-
-    /// Where so many of the smallest blocks stay, the others go to places of their own: a ring
-    /// wastes its end on whole blocks of unlike sizes.
-    fn lay_anew(&mut self, enough_s: f64) {
-        let problem = self.problem();
-        let mut order: Vec<usize> = (0..problem.bytes.len()).collect();
-        order.sort_by_key(|&block| problem.bytes[block]);
-        let mut splits = self.all_streamed();
-        let mut found = Vec::new();
-        for block in order {
-            splits[block] = 0;
-            found.extend(self.every_turn(&splits).map(|period_s| (period_s, splits.clone())));
-        }
-        found.sort_by(|a, b| a.0.total_cmp(&b.0));
-        for (_, splits) in found.into_iter().take(LAID_ANEW) {
-            if self.trial.best_s <= enough_s {
-                break;
-            }
-            self.trial.try_places(&splits, NEAR);
-        }
-    }
-
-    fn all_streamed(&self) -> Vec<u64> {
-        (0..self.problem().bytes.len()).map(|block| self.problem().splits(block).last()).collect()
-    }
-
-    /// Every residency of a few whole blocks, in all sorts of places.
-    fn every_residency(&mut self) {
-        let blocks = self.problem().bytes.len();
-        for set in 0..1_u64 << blocks {
-            let last = |block: usize| self.problem().splits(block).last();
-            let splits: Vec<u64> =
-                (0..blocks).map(|block| last(block) * (set >> block & 1)).collect();
-            self.trial.try_places(&splits, usize::MAX);
-        }
-    }
-
-    /// The shortest period of a residency, through rings of one to four of its uses.
-    fn every_turn(&mut self, splits: &[u64]) -> Option<f64> {
-        let streamed = self.problem().uses.iter().filter(|slot| splits[slot.block] > 0).count();
-        let mut best: Option<f64> = None;
-        for ring in [1.0, 1.5, 2.0, 3.0, 4.0] {
-            let turns = u32::try_from(whole((count(streamed) / ring).ceil())).unwrap_or(u32::MAX);
-            let period_s = self.trial.consider(splits.to_vec(), turns.max(1), 1);
-            best = [best, period_s].into_iter().flatten().reduce(f64::min);
-        }
-        best
-    }
-
     /// The smallest block that runs an odd number of times: without it the rest take turns evenly.
     fn smallest_once(&self) -> Option<usize> {
         let mut counts = vec![0_usize; self.problem().bytes.len()];
@@ -323,7 +237,7 @@ impl<'a> Search<'a> {
         phases: &[f64],
         most: usize,
     ) -> Option<f64> {
-        let Member { beta, turns, passes, stride, whole: spared } = member;
+        let Member { beta, turns, passes, stride, bias, whole: spared } = member;
         let budget = real(self.problem().budget_bytes);
         let missing = real(self.problem().total_bytes()) - budget;
         let per_pass = f64::from(turns) / f64::from(passes);
@@ -331,8 +245,9 @@ impl<'a> Search<'a> {
         let mut fitted = 0;
         for excess in excesses {
             let memory = budget - excess * missing;
-            let goal = Goal { beta, turns: per_pass, stride, memory, whole: spared };
-            let Some(wanted) = wanted(self.problem(), &self.means, goal) else { break };
+            let goal = Goal { beta, turns: per_pass, stride, memory, bias, whole: spared };
+            let wanted = wanted(self.problem(), &self.means, &self.slow, goal);
+            let Some(wanted) = wanted else { break };
             let moved: f64 = self.problem().uses.iter().map(|slot| wanted[slot.block]).sum();
             let copy_s = moved / self.problem().link.bytes_per_s;
             if copy_s.max(self.problem().compute_s()) > self.trial.best_s * (1.0 + SLACK) {

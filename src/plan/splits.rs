@@ -76,14 +76,17 @@ impl Splits {
 /// bring a sum `copy_bytes` nearer to what is wanted.
 pub(super) fn by_tensors(
     blocks: &[Vec<u64>],
+    slow: &[Vec<f64>],
     min_stream_bytes: u64,
     copy_bytes: u64,
 ) -> (Vec<Splits>, Vec<usize>) {
-    let mut known: HashMap<&[u64], usize> = HashMap::new();
+    let mut known: HashMap<(&[u64], Vec<u64>), usize> = HashMap::new();
     let mut kinds = Vec::new();
-    let kind_of = blocks.iter().map(|sizes| {
-        *known.entry(sizes.as_slice()).or_insert_with(|| {
-            let sums = subset_sums(sizes, min_stream_bytes);
+    let kind_of = blocks.iter().enumerate().map(|(block, sizes)| {
+        let slow = slow.get(block).map_or(&[][..], Vec::as_slice);
+        let bits = slow.iter().map(|slow| slow.to_bits()).collect();
+        *known.entry((sizes.as_slice(), bits)).or_insert_with(|| {
+            let sums = subset_sums(sizes, slow, min_stream_bytes);
             kinds.push(Splits::Tensors(with_few_copies(&sums, copy_bytes)));
             kinds.len() - 1
         })
@@ -93,9 +96,13 @@ pub(super) fn by_tensors(
 }
 
 /// Sums of the tensors that may be streamed, ascending, each with one set that reaches it.
-fn subset_sums(sizes: &[u64], min_stream_bytes: u64) -> Vec<(u64, Vec<u32>)> {
+fn subset_sums(sizes: &[u64], slow: &[f64], min_stream_bytes: u64) -> Vec<(u64, Vec<u32>)> {
     let mut order: Vec<usize> = (0..sizes.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(sizes[i]));
+    // Of equal tensors those that come fast are streamed first.
+    order.sort_by(|&a, &b| {
+        let slow = |at: usize| slow.get(at).copied().unwrap_or(1.0);
+        sizes[b].cmp(&sizes[a]).then(slow(a).total_cmp(&slow(b)))
+    });
     // A set is the set before it and one tensor more: sums are many, their sets are short.
     let mut nodes: Vec<(usize, u32)> = vec![(0, 0)];
     let mut sums: Vec<(u64, usize)> = vec![(0, 0)];
@@ -154,7 +161,7 @@ mod tests {
     #[test]
     fn every_sum_names_tensors_that_add_up_to_it() {
         let sizes = [700, 300, 300, 50];
-        let (kinds, kind_of) = by_tensors(&[sizes.to_vec(), sizes.to_vec()], 100, 0);
+        let (kinds, kind_of) = by_tensors(&[sizes.to_vec(), sizes.to_vec()], &[], 100, 0);
         assert_eq!((kinds.len(), kind_of), (1, vec![0, 0]));
         let splits = &kinds[0];
         let found: Vec<u64> = (0..splits.count()).map(|split| splits.bytes(split)).collect();
@@ -170,7 +177,7 @@ mod tests {
     #[test]
     fn sums_beyond_the_limit_are_thinned_out_evenly() {
         let sizes: Vec<u64> = (0..16).map(|i| 256 << i).collect();
-        let (kinds, _) = by_tensors(std::slice::from_ref(&sizes), 0, 0);
+        let (kinds, _) = by_tensors(std::slice::from_ref(&sizes), &[], 0, 0);
         assert_eq!(kinds[0].count(), 4096);
         assert_eq!(kinds[0].bytes(kinds[0].last()), sizes.iter().sum::<u64>());
     }
@@ -179,7 +186,7 @@ mod tests {
     fn a_copy_more_must_be_worth_it() {
         let sizes = [1000, 510, 500];
         let bytes = |copy_bytes| {
-            let (kinds, _) = by_tensors(&[sizes.to_vec()], 0, copy_bytes);
+            let (kinds, _) = by_tensors(&[sizes.to_vec()], &[], 0, copy_bytes);
             (0..kinds[0].count()).map(|split| kinds[0].bytes(split)).collect::<Vec<_>>()
         };
         assert_eq!(bytes(0), [0, 500, 510, 1000, 1010, 1500, 1510, 2010]);

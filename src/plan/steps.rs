@@ -202,7 +202,8 @@ impl Clock {
         for (at, step) in steps.iter().enumerate() {
             let range = &mut self.of_use[index(step.used)];
             *range = if range.start == range.end { at..at + 1 } else { range.start..at + 1 };
-            self.seconds.push(problem.link.seconds(step.bytes));
+            let block = problem.uses[index(step.used) % problem.uses.len()].block;
+            self.seconds.push(problem.copy_s(block, step.tensor, step.bytes));
             let (before, lag) = step.wait;
             let other = narrow(uses);
             let pair = [before, before + other];
@@ -212,12 +213,13 @@ impl Clock {
 }
 
 /// Seconds of a pass of a program, with the problem's times.
-pub(super) fn period_of(problem: &Problem, program: &Program) -> f64 {
+/// `places` says of each tensor which one of its block it is.
+pub(super) fn period_of(problem: &Problem, program: &Program, places: &[u32]) -> f64 {
     let mut steps = Vec::with_capacity(program.copies.len());
     for (used, of_use) in (0..program.cycle).zip(&program.uses) {
         steps.extend(program.copies_of(of_use).iter().map(|copy| Step {
             used,
-            tensor: copy.tensor,
+            tensor: places[index(copy.tensor)],
             source: copy.source_offset,
             target: copy.target_offset,
             bytes: align_up(copy.bytes),

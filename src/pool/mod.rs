@@ -1,11 +1,22 @@
-//! Fixed memory, made once: the arena on the device, page-locks and staging chunks on the host.
+//! Fixed memory, made once: the arena on the device, page-locks, copies and staging chunks on the
+//! host; and the threads that fill the chunks.
 
 mod arena;
+mod cache;
+mod choice;
 mod moves;
+mod pack;
 mod pins;
+mod readers;
+mod share;
 mod staging;
 
 pub use arena::Arena;
+pub use cache::{Cache, whole_pages};
+pub use choice::{Choice, Way};
 pub use moves::{Move, copies, in_order};
+pub use pack::{Fill, Piece, Read, pack};
 pub use pins::{Pins, Span};
+pub use readers::{Job, Readers, SharedChoice, Told, new_choice};
+pub use share::spread;
 pub use staging::Staging;

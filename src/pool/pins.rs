@@ -98,6 +98,34 @@ impl Pins {
         self.failed += 1;
     }
 
+    /// Unlocks every range that shares bytes with one of the spans. Returns how many bytes that
+    /// were.
+    pub fn release(&mut self, spans: &[Span]) -> u64 {
+        let meets = |range: &Span| {
+            spans.iter().any(|span| {
+                span.address < range.address + range.bytes
+                    && range.address < span.address + span.bytes
+            })
+        };
+        let (go, stay): (Vec<Span>, Vec<Span>) = self.locked.iter().partition(|range| meets(range));
+        self.locked = stay;
+        for range in &go {
+            self.device.page_unlock(range.address, range.bytes);
+        }
+        go.iter().map(|range| range.bytes).sum()
+    }
+
+    /// The page-locked ranges, by address.
+    pub fn spans(&self) -> &[Span] {
+        &self.locked
+    }
+
+    /// What the system locks for the ranges: whole pages of `page` bytes.
+    pub fn page_bytes(&self, page: u64) -> u64 {
+        let pages = |range: &Span| page_bytes(range.address, range.address + range.bytes, page);
+        self.locked.iter().map(pages).sum()
+    }
+
     /// Whether a whole span is page-locked.
     pub fn covers(&self, span: Span) -> bool {
         let next = self.locked.partition_point(|range| range.address <= span.address);

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use crate::driver::{Device, Source};
+use crate::driver::Device;
 use crate::error::Result;
 use crate::fence::fence;
 
-/// The chunks, used in turn. A chunk is filled again only after the copy out of it has passed.
+/// The chunks. One is filled again only after the copies out of it have passed.
 #[derive(Debug)]
 pub struct Staging {
     device: Arc<dyn Device>,
     chunks: Vec<u64>,
     chunk_bytes: u64,
-    next: usize,
 }
 
 impl Staging {
@@ -23,7 +22,7 @@ impl Staging {
     /// [`crate::Error::PageLock`] when not even one chunk can be had; fewer than asked for are
     /// accepted, since one is enough to be correct.
     pub fn new(device: Arc<dyn Device>, count: u32, chunk_bytes: u64) -> Result<Self> {
-        let mut staging = Self { device, chunks: Vec::new(), chunk_bytes, next: 0 };
+        let mut staging = Self { device, chunks: Vec::new(), chunk_bytes };
         for _ in 0..count.max(1) {
             match staging.device.allocate_chunk(chunk_bytes) {
                 Ok(address) => staging.chunks.push(address),
@@ -34,35 +33,19 @@ impl Staging {
         Ok(staging)
     }
 
-    /// How many chunks there are.
-    pub fn count(&self) -> u32 {
-        crate::units::narrow(self.chunks.len())
+    /// The first byte of each chunk.
+    pub fn chunks(&self) -> &[u64] {
+        &self.chunks
+    }
+
+    /// Bytes of one chunk.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.chunk_bytes
     }
 
     /// Page-locked bytes held.
     pub fn bytes(&self) -> u64 {
         self.chunk_bytes * self.chunks.len() as u64
-    }
-
-    /// Fills chunks from `source` and enqueues a copy out of each. Blocks while all chunks are
-    /// in flight, and while the source is read.
-    ///
-    /// # Errors
-    ///
-    /// [`crate::Error::Read`] or [`crate::Error::Driver`].
-    pub fn copy(&mut self, source: Source, target: u64, bytes: u64) -> Result<()> {
-        let mut moved = 0;
-        while moved < bytes {
-            let part = self.chunk_bytes.min(bytes - moved);
-            let (chunk, address) = (crate::units::narrow(self.next), self.chunks[self.next]);
-            self.device.wait_chunk(chunk)?;
-            self.device.read(source.advanced(moved), address, part)?;
-            self.device.copy(Source::Memory { address }, target + moved, part)?;
-            self.device.mark_chunk(chunk)?;
-            self.next = (self.next + 1) % self.chunks.len();
-            moved += part;
-        }
-        Ok(())
     }
 }
 

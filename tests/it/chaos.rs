@@ -108,7 +108,7 @@ fn faults(random: &mut Random) -> BTreeMap<u64, Fault> {
 /// The device, with a byte of some copies changed, and with calls that fail.
 fn device(random: &mut Random, on_cuda: bool, file: Option<&Scratch>) -> Result<(Arc<Flaky>, u64)> {
     let files = file.map(|file| WeightFile::open(file.text()).expect("just written"));
-    let files: Vec<WeightFile> = files.into_iter().collect();
+    let files = files.into_iter().collect();
     let inner: Arc<dyn Device> = if on_cuda {
         let timing = random.chance(50);
         Arc::new(CudaDevice::new(CudaOptions { ordinal: 0, files, timing })?)

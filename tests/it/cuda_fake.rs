@@ -72,6 +72,8 @@ impl<'a> Rig<'a> {
             sources: setup.sources.clone(),
             budget_bytes: setup.budget,
             pinned_bytes: setup.pinned_bytes,
+            ram_bytes: 0,
+            page_cache_bytes: 0,
             staging_bytes: 3 << 16,
             trace_uses: 100,
             options: Options { timing: setup.timing, ..Options::default() },

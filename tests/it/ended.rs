@@ -60,7 +60,7 @@ fn run(number: u64, fault: Fault) -> Option<Error> {
 #[test]
 fn nobody_waits_for_a_staging_thread_that_was_killed() {
     let said = for_seeds(CALLS, |number| run(number, Fault::Kills));
-    let text = |error: &Error| error.to_string().contains("the staging thread has ended");
+    let text = |error: &Error| error.to_string().contains("thread has ended");
     let ended = said.iter().flatten().filter(|error| text(error)).count();
     assert!(ended > 60, "{ended} of {CALLS}");
 }
@@ -68,7 +68,7 @@ fn nobody_waits_for_a_staging_thread_that_was_killed() {
 #[test]
 fn a_panic_of_the_staging_thread_is_told() {
     let said = for_seeds(CALLS, |number| run(number, Fault::Panics));
-    let text = |error: &Error| error.to_string().contains("the staging thread panicked");
+    let text = |error: &Error| error.to_string().contains("thread panicked");
     let panicked = said.iter().flatten().filter(|error| text(error)).count();
     assert!(panicked > 60, "{panicked} of {CALLS}");
 }

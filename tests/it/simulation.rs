@@ -28,7 +28,7 @@ fn direct_copies_never_show_a_wrong_byte() {
 
 #[test]
 fn staged_copies_never_show_a_wrong_byte() {
-    check(2000, &Setup::new(Staged::Any));
+    check(8000, &Setup::new(Staged::Any));
 }
 
 #[test]

@@ -139,6 +139,8 @@ impl World {
             sources: stack.sources(),
             budget_bytes: budget,
             pinned_bytes: random.pick(&[0, 1 << 20]),
+            ram_bytes: 0,
+            page_cache_bytes: 0,
             staging_bytes: random.between(0, 4) << 16,
             trace_uses: 16,
             options: Options {

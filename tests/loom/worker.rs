@@ -19,7 +19,7 @@ fn rig() -> (Arc<Shared>, JoinHandle<()>) {
         let shared = Arc::clone(&shared);
         thread::spawn(move || shared.run())
     };
-    shared.prepare(2);
+    shared.prepare(2, 0);
     (shared, thread)
 }
 

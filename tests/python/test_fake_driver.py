@@ -77,7 +77,9 @@ WAYS = {
     "page-locked": "options = PINNED",
     "staged": "options = STAGED",
     "some of each": "options = {'pinned': 8 * 4096, 'staging': '64KiB'}",
-    "file": "options = {'source': path}",
+    "file": "options = {'source': path, 'ram': '8KiB'}",
+    "copies of a file": "options = {'source': path, **PINNED}",
+    "a few copies": "options = {'source': path, 'ram': '96KiB', 'staging': '64KiB', 'pinned': 0}",
     "file and memory": "options = {'source': part, **PINNED}",
     "no times": "options = {'trace_passes': 0, **STAGED}",
 }
@@ -118,6 +120,7 @@ assert all(use.end_s >= use.start_s >= use.wait_s for use in reports[0].timeline
         "page-locked": ["True False 0"],
         "some of each": ["True True 0"],
         "file and memory": ["True True 0"],
+        "copies of a file": ["True True 0"],
     }.get(name, ["False True 0"])
 
 
@@ -130,7 +133,7 @@ def call(model):
         return model(inputs(160))
 report = check(model, call, vram=budgets(model, **STAGED)[:2], **STAGED)[0]
 assert report.staging_bytes == 65536, report
-assert get("ncopies") > 2 * report.copies, (get("ncopies"), report)
+assert get("ncopies") >= report.copies > 3 * 4 * 12, (get("ncopies"), report)
 """)
 
 
@@ -245,10 +248,10 @@ put("pin_cap", 1 << 30)
 put("fail_alloc_in", 1)
 failing(lambda: dgls_torch.stream(model, 40_000, **SMALL, **STAGED))
 before.check(model)
-put("fail_alloc_in", 3)  # fewer chunks will do
+put("fail_alloc_in", 2)  # fewer chunks will do
 with dgls_torch.stream(model, 40_000, **SMALL, pinned=0, staging=64 << 20) as s:
     assert same(run(model), expected)
-    print(s.report().staging_bytes >> 20)
+    print(0 < s.report().staging_bytes <= 40_000 // 2)
 put("fail_code", 2)
 put("fail_register_in", 1)
 with dgls_torch.stream(model, 40_000, **SMALL, **PINNED) as s:
@@ -257,8 +260,9 @@ with dgls_torch.stream(model, 40_000, **SMALL, **PINNED) as s:
 before.check(model)
 """)
     for line in said[:3]:
-        assert "page-locking 65536 bytes failed: cuMemHostAlloc failed with CUDA error 2" in line
-    assert said[3] == "32"
+        assert "page-locking" in line
+        assert "bytes failed: cuMemHostAlloc failed with CUDA error 2" in line
+    assert said[3] == "True"
     failures, pinned_bytes, staged = said[4].split()
     # One refusal may be about one range: the others are locked all the same, that one is staged.
     assert (failures, staged) == ("1", "True")

@@ -374,6 +374,7 @@ def test_on_windows_commit_bounds_what_is_available() -> None:
         available_bytes=6 * GIB,
         system_available_bytes=20 * GIB,
         commit_available_bytes=6 * GIB,
+        pin_limit_bytes=16 * GIB,
     )
 
 

@@ -57,7 +57,15 @@ class StreamConfig:
             Unit: bytes. Range: ``"auto"``, or 0 to 2**63 - 1; 0 locks nothing but ``staging``.
             Default: ``"auto"``, half of what is available; nothing on WSL.
             Change it: down when other programs lack memory, up when the doctor shows room.
-        staging: The page-locked chunks, all together, that feed what cannot be locked in place.
+        ram: The host memory that the stream may hold itself: the staging chunks, and copies of what
+            the files of ``source`` hold, each read once. What has no room is read in every pass.
+            Weights that the model holds as tensors are the caller's and do not count.
+            Unit: bytes. Range: ``"auto"``, or 4 KiB to 2**63 - 1; at 4 KiB nothing is copied.
+            Default: ``"auto"``, on a GPU as many copies as ``pinned`` allows to page-lock, on the
+            CPU none: the system's page cache does as well, and gives way.
+            Change it: down where memory is short; up to keep a slow disk out of every pass.
+        staging: The page-locked chunks, all together, that feed what is not locked in place; no
+            more are made than can be read ahead of the ring.
             Unit: bytes. Range: 4 KiB to 2**63 - 1. Default: 64 MiB.
             Change it: down where page-locked memory is very scarce; up hardly ever helps.
         min_stream_bytes: Tensors smaller than this stay resident.
@@ -97,6 +105,7 @@ class StreamConfig:
     exclude: Iterable[str] = ()
     source: str | os.PathLike[str] = "tensors"
     pinned: int | float | str = "auto"
+    ram: int | float | str = "auto"
     staging: int | float | str = 64 * MIB
     min_stream_bytes: int = 64 * KIB
     resident: Iterable[int | str] | None = None
@@ -124,6 +133,7 @@ class StreamConfig:
             "exclude": _patterns(self.exclude),
             "source": _source(self.source),
             "pinned": _size_or_auto(self.pinned, "pinned", least=0),
+            "ram": _size_or_auto(self.ram, "ram", least=_STAGING_LEAST),
             "staging": parse_bytes(self.staging, "staging", least=_STAGING_LEAST),
             "min_stream_bytes": parse_bytes(self.min_stream_bytes, "min_stream_bytes", least=0),
             "resident": _resident(self.resident),
@@ -155,6 +165,11 @@ class StreamConfig:
     def pinned_bytes(self) -> int | None:
         """The page-lock budget in bytes; ``None`` when the planner chooses."""
         return self.pinned if isinstance(self.pinned, int) else None
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """The budget for copies and chunks in bytes; ``None`` when the planner chooses."""
+        return self.ram if isinstance(self.ram, int) else None
 
     @property
     def staging_bytes(self) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+_CAP_IPC_LOCK = 14
 _RLIMIT = re.compile(r"^Max (.+?) {2,}(\S+)", re.MULTILINE)
 
 
@@ -39,6 +40,8 @@ class HostMemory:
         data_limit_bytes: ``RLIMIT_DATA``.
         data_used_bytes: The private writable memory taken so far.
         commit_available_bytes: What Windows can still promise; it never promises more than it has.
+        locks_freely: Whether ``RLIMIT_MEMLOCK`` does not bind: root has CAP_IPC_LOCK.
+        pin_limit_bytes: What the system lets a GPU's driver page-lock, where that is known.
         wsl: Whether this is Linux under Windows, where page-locking fails early.
     """
 
@@ -54,6 +57,8 @@ class HostMemory:
     data_limit_bytes: int | None = None
     data_used_bytes: int = 0
     commit_available_bytes: int | None = None
+    locks_freely: bool = False
+    pin_limit_bytes: int | None = None
     wsl: bool = False
 
 
@@ -119,6 +124,7 @@ def host_memory(root: str | os.PathLike[str] = "/") -> HostMemory:
         address_space_used_bytes=status.get("VmSize", 0),
         data_limit_bytes=read_number(rlimits.get("data size")),
         data_used_bytes=status.get("VmData", 0),
+        locks_freely=_locks_freely(base),
         wsl="microsoft" in read_text(base / "proc/sys/kernel/osrelease").lower(),
     )
 
@@ -204,7 +210,26 @@ def pinned_budget(pinned: object, host: HostMemory) -> int:
     if host.wsl:
         return 0
     kept = max(2 * GIB, host.physical_bytes // 8)
-    return max(0, min(host.available_bytes // 2, host.available_bytes - kept))
+    chosen = max(0, min(host.available_bytes // 2, host.available_bytes - kept))
+    return chosen if host.pin_limit_bytes is None else min(chosen, host.pin_limit_bytes)
+
+
+def pin_limits(host: HostMemory, *, by_driver: bool) -> Iterator[tuple[int, str]]:
+    """Yields what each limit leaves for page-locks, and a sentence about it.
+
+    ``RLIMIT_MEMLOCK`` binds ``mlock``, and not a GPU's driver, which locks in the kernel.
+    """
+    if not by_driver and not host.locks_freely and host.memlock_limit_bytes is not None:
+        most = format_bytes(host.memlock_limit_bytes)
+        yield host.memlock_limit_bytes, f"the locked-memory limit (ulimit -l) is {most}"
+    most = format_bytes(host.physical_bytes)
+    yield host.physical_bytes, f"the machine has {most} of RAM"
+    if host.cgroup_limit_bytes is not None:
+        most = format_bytes(host.cgroup_limit_bytes)
+        yield host.cgroup_limit_bytes, f"the cgroup (container) is limited to {most}"
+    if by_driver and host.pin_limit_bytes is not None:
+        most = format_bytes(host.pin_limit_bytes)
+        yield host.pin_limit_bytes, f"the system lets a GPU's driver page-lock {most}"
 
 
 def preflight_host(need_bytes: int, what: str, host: HostMemory | None = None) -> None:
@@ -255,6 +280,13 @@ def _is_cpu(device: torch.device | str) -> bool:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device needs to be a CUDA device or the CPU, found {device}")
     return device.type == "cpu"
+
+
+def _locks_freely(base: Path) -> bool:
+    found = re.search(
+        r"^CapEff:\s*([0-9a-f]+)$", read_text(base / "proc/self/status"), re.MULTILINE
+    )
+    return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def _unknown_host_memory() -> HostMemory:

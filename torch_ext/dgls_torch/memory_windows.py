@@ -47,4 +47,7 @@ def host_memory() -> HostMemory:
         available_bytes=min(status.physical_available, status.commit_available),
         system_available_bytes=status.physical_available,
         commit_available_bytes=status.commit_available,
+        # WDDM's budget for memory that a GPU shares with the host is half of the RAM, for all
+        # programs together; the driver refuses page-locks beyond it.
+        pin_limit_bytes=status.physical // 2,
     )

@@ -13,9 +13,10 @@ import torch
 
 from dgls_torch import _C, untraced
 from dgls_torch.arena import empty_arena
+from dgls_torch.guard import Guard
+from dgls_torch.host_budget import HostBudget, budget_of
 from dgls_torch.interrupts import uninterrupted
-from dgls_torch.memory import host_memory, pinned_budget
-from dgls_torch.report import BlockPlan, Plan, Report, Use
+from dgls_torch.report import BlockPlan, HostUse, Plan, Report, Use
 from dgls_torch.weights import inner_tensors, part_names
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Engine:
         self._blocks = [b for b, _ in sequence]
         self._sizes = [p.bytes for _, p in sequence]
         self._budget = self.vram_bytes - layout.outside_bytes
+        host = budget_of(config, layout.device, [p for _, p in sequence])
         self._arena = empty_arena(min(self._budget, sum(layout.block_bytes)), layout.device)
         self._watch_peak()
         files = [] if layout.source is None else [str(f.path) for f in layout.source.files]
@@ -82,8 +84,10 @@ class Engine:
             order,
             self._budget,
             min_stream_bytes=config.min_stream_bytes,
-            pinned_bytes=_pinned_bytes(config, layout.device),
-            staging_bytes=config.staging_bytes,
+            pinned_bytes=host.pinned_bytes,
+            ram_bytes=host.copies_bytes,
+            page_cache_bytes=host.page_cache_bytes,
+            staging_bytes=host.staging_bytes,
             trace_uses=config.trace_passes * len(order),
             copy_bytes_per_s=int(config.copy_bytes_per_s or 0),
             poison=config.poison,
@@ -97,6 +101,7 @@ class Engine:
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
+        self._guard = _guard_of(self._number, host)
         self._rebuilding = threading.Lock()
         self._is_stale = False
         self._capsules: list[Any] = []
@@ -297,6 +302,7 @@ class Engine:
 
         In a fork the engine itself stays as it is: it belongs to the other process.
         """
+        self._guard.stop()
         for capsule in self._capsules:
             _C.shut(capsule)
         if self._number is not None and not self.is_foreign:
@@ -355,6 +361,7 @@ class Engine:
             pinned_bytes=stats[8],
             pin_failures=stats[9],
             staging_bytes=stats[10],
+            host=HostUse.of(_ops.host(self.number)),
             verified_bytes=stats[12],
             mismatches=stats[13],
             timeline=tuple(self._timeline()),
@@ -384,8 +391,8 @@ def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
     return untraced.rarely(lambda: increment([*params, *made]))
 
 
-def _pinned_bytes(config: StreamConfig, device: torch.device) -> int:
-    # The CPU copies from any memory: nothing has to be page-locked for it.
-    if device.type == "cpu" and os.environ.get("DGLS_TEST_DRIVER", "auto") != "cuda":
-        return 0
-    return pinned_budget(config.pinned, host_memory())
+def _guard_of(number: int, host: HostBudget) -> Guard:
+    guard = Guard(lambda lacking: _ops.give_back(number, lacking))
+    if host.pinned_bytes or host.copies_bytes:
+        guard.start()
+    return guard

@@ -49,9 +49,12 @@ At each block, on torch's current stream:
     Bounds of a pass of the whole model, from which the order is learned.
 ``reload(engine, block)``
     The host weights of a block were changed in place.
+``give_back(engine, bytes)``
+    The system lacks so many bytes of memory: before the next ``wait`` ends, page-locks and copies
+    of files are given back, as many as there are. Returns at once.
 
-Afterwards: ``stats(engine)``, ``trace(engine)`` (see `dgls_torch.report`), ``errors(engine)``, the
-last ones, one a line; ``destroy(engine)``.
+Afterwards: ``stats(engine)``, ``trace(engine)``, ``host(engine)`` (see `dgls_torch.report`),
+``errors(engine)``, the last ones, one a line; ``destroy(engine)``.
 Machine: ``driver_version()``, ``measure_copy(device, bytes, repeats, page_locked)`` in bytes per
 second, ``measure_page_lock(device, max_bytes)`` in bytes; device -1 is the CPU.
 """

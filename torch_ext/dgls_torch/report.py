@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgls_torch.units import format_bytes, format_rate, format_seconds
 
@@ -110,6 +110,70 @@ class Use:
 
 
 @dataclass(frozen=True)
+class HostUse:
+    """Where on the host the weights come from. Sizes are bytes, rates bytes per second.
+
+    Attributes:
+        cached_bytes: Held as copies of what the files hold, in whole pages, page-locked or not.
+        locked_bytes: Copied in each pass from page-locked memory, or, on the CPU, from any.
+        memory_bytes: Copied in each pass from memory, through the staging chunks.
+        file_bytes: Read in each pass from files, through the staging chunks.
+        read_memory_bytes: Read into chunks so far from memory; ``read_cached_bytes``: from files
+            through the page cache; ``read_direct_bytes``: past it.
+        reads_directly: Whether reading past the page cache turned out to be faster.
+        threads: Threads that read at a time; as many as turned out to be faster.
+        memory_bytes_per_s: What they read from memory together; 0 while unknown.
+        file_bytes_per_s: What they read from files together; 0 while unknown.
+        given_back: Times that memory was given back because the system ran short.
+        given_back_bytes: How much that was.
+    """
+
+    cached_bytes: int = 0
+    locked_bytes: int = 0
+    memory_bytes: int = 0
+    file_bytes: int = 0
+    read_memory_bytes: int = 0
+    read_cached_bytes: int = 0
+    read_direct_bytes: int = 0
+    reads_directly: bool = False
+    threads: int = 0
+    memory_bytes_per_s: int = 0
+    file_bytes_per_s: int = 0
+    given_back: int = 0
+    given_back_bytes: int = 0
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> HostUse:
+        """Made of the engine's numbers, in the order of the fields."""
+        names = [field.name for field in fields(HostUse)]
+        use: dict[str, Any] = dict(zip(names, numbers, strict=True))
+        use["reads_directly"] = bool(use["reads_directly"])
+        return HostUse(**use)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What a table says of it: nothing where everything comes from page-locked memory."""
+        rows = []
+        if self.memory_bytes or self.file_bytes:
+            tiers = (
+                f"{format_bytes(self.locked_bytes)} as it is, {format_bytes(self.memory_bytes)} "
+                f"staged from memory, {format_bytes(self.file_bytes)} from files"
+            )
+            rows.append(("of which comes", tiers))
+        if self.file_bytes_per_s:
+            way = "past" if self.reads_directly else "through"
+            rate = format_rate(self.file_bytes_per_s)
+            rows.append(
+                ("files are read", f"{way} the page cache, {self.threads} at a time, {rate}")
+            )
+        if self.cached_bytes:
+            rows.append(("copies in RAM", format_bytes(self.cached_bytes)))
+        if self.given_back:
+            given = f"{format_bytes(self.given_back_bytes)}, {self.given_back} times"
+            rows.append(("given back to the system", given))
+        return rows
+
+
+@dataclass(frozen=True)
 class Report:
     """What was measured. Times are of the timed passes after the first, which fills the residents.
 
@@ -125,6 +189,7 @@ class Report:
         h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
         pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
         staging_bytes: Page-locked bytes of the staging chunks.
+        host: Where on the host the weights come from.
         verified_bytes: Bytes compared with their host source after they had arrived;
             ``mismatches``: uses of blocks in which they were other ones. 0 without ``verify``.
         timeline: The timed uses, oldest first.
@@ -145,6 +210,7 @@ class Report:
     pinned_bytes: int
     pin_failures: int
     staging_bytes: int
+    host: HostUse
     verified_bytes: int
     mismatches: int
     timeline: tuple[Use, ...]
@@ -257,6 +323,7 @@ class Report:
         rows.append(("out of turn", out_of_turn))
         pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"
         rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
+        rows += self.host.rows()
         if self.verified_bytes:
             verified = f"{format_bytes(self.verified_bytes)}, {self.mismatches} mismatches"
             rows.append(("verified", verified))

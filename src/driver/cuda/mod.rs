@@ -9,6 +9,7 @@ mod slot;
 mod stream;
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
@@ -19,7 +20,7 @@ use self::clock::Clock;
 use self::locks::Locks;
 use self::slot::Slot;
 use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, Event, Primary};
-use super::host::shim::{self, WeightFile};
+use super::host::files::Files;
 use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
@@ -34,7 +35,7 @@ pub struct CudaOptions {
     /// The device's ordinal, as torch counts.
     pub ordinal: i32,
     /// Files that [`Source::File`] indexes.
-    pub files: Vec<WeightFile>,
+    pub files: Files,
     /// Whether events carry times.
     pub timing: bool,
 }
@@ -43,12 +44,12 @@ pub struct CudaOptions {
 #[derive(Debug)]
 pub struct CudaDevice {
     slots: Mutex<Vec<Slot>>,
-    chunks: Mutex<Vec<Event>>,
+    chunks: Mutex<Vec<Arc<Event>>>,
     clock: Mutex<Option<Clock>>,
     copy_stream: CopyStream,
     batches: Batches,
     locks: Mutex<Locks>,
-    files: Vec<WeightFile>,
+    files: Files,
     timing: bool,
     primary: Primary,
 }
@@ -142,7 +143,9 @@ impl Device for CudaDevice {
         let api = self.primary.api;
         let made: Vec<Slot> =
             (0..slots).map(|_| Slot::new(api, self.timing)).collect::<Result<_>>()?;
-        let ends = (0..chunks).map(|_| Event::new(api, EVENT_BLOCKING)).collect::<Result<_>>()?;
+        let ends = (0..chunks)
+            .map(|_| Event::new(api, EVENT_BLOCKING).map(Arc::new))
+            .collect::<Result<_>>()?;
         *self.clock.lock() = if self.timing {
             let (origin, next) = (Event::new(api, EVENT_TIMED)?, Event::new(api, EVENT_TIMED)?);
             Some(Clock::start(origin, next, self.copy_stream.raw)?)
@@ -264,20 +267,15 @@ impl Device for CudaDevice {
     }
 
     fn check_files(&self) -> Result<()> {
-        self.files.iter().try_for_each(WeightFile::check_unchanged)
+        self.files.check_unchanged()
     }
 
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
-        match source {
-            Source::Memory { address: from } => {
-                shim::copy(address, from, bytes);
-                Ok(())
-            }
-            Source::File { file, offset } => match self.files.get(index(file)) {
-                Some(file) => file.read_at(offset, address, bytes),
-                None => Err(Error::Invalid(format!("weight file {file} is not open"))),
-            },
-        }
+        self.files.read(source, address, bytes)
+    }
+
+    fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
+        self.files.read_directly(source, address, bytes)
     }
 
     fn read_back(&self, from: u64, address: u64, bytes: u64, on: ComputeStream) -> Result<()> {
@@ -301,7 +299,9 @@ impl Device for CudaDevice {
 
     fn wait_chunk(&self, chunk: u32) -> Result<()> {
         let _bound = self.primary.bind()?;
-        self.chunks.lock()[index(chunk)].synchronize()
+        // Not under the lock: several threads wait, each for its own chunk.
+        let copied = Arc::clone(&self.chunks.lock()[index(chunk)]);
+        copied.synchronize()
     }
 
     fn page_lock(&self, address: u64, bytes: u64) -> Result<()> {

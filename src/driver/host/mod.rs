@@ -4,6 +4,7 @@
 //! Python side. Because kernels run on the calling thread, a use is over when it is marked done:
 //! the only wait that can block is the one for *ready*.
 
+pub mod files;
 pub mod shim;
 #[expect(unsafe_code, reason = "declarations of the C shim; called in shim.rs alone")]
 #[allow(missing_docs, unreachable_pub, reason = "made by bindgen")]
@@ -19,7 +20,8 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
-use self::shim::{Pages, WeightFile};
+use self::files::Files;
+use self::shim::Pages;
 use self::worker::{Op, Shared};
 use super::{ComputeStream, Device, EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
@@ -28,8 +30,9 @@ use crate::error::{Error, Result};
 #[derive(Debug, Default)]
 pub struct HostOptions {
     /// Files that [`Source::File`] indexes.
-    pub files: Vec<WeightFile>,
-    /// Slows copies down to this rate, in bytes per second, to model a link. 0: as fast as it is.
+    pub files: Files,
+    /// Slows copies down to this rate, in bytes per second, to model a link. Over a link, only
+    /// page-locked memory is copied as it is. 0: as fast as it is, from any memory.
     pub copy_bytes_per_s: u64,
 }
 
@@ -72,8 +75,8 @@ impl Drop for HostDevice {
 }
 
 impl Device for HostDevice {
-    fn prepare(&self, slots: u32, _chunks: u32) -> Result<()> {
-        self.shared.prepare(slots);
+    fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
+        self.shared.prepare(slots, chunks);
         Ok(())
     }
 
@@ -127,8 +130,10 @@ impl Device for HostDevice {
         self.shared.is_pending(slot)
     }
 
-    fn takes(&self, _source: Source, _page_locked: bool) -> bool {
-        true
+    fn takes(&self, source: Source, page_locked: bool) -> bool {
+        // Files are read ahead by several threads, into chunks.
+        let in_memory = matches!(source, Source::Memory { .. });
+        in_memory && (page_locked || !self.shared.is_link())
     }
 
     fn allocate_chunk(&self, bytes: u64) -> Result<u64> {
@@ -143,11 +148,15 @@ impl Device for HostDevice {
     }
 
     fn check_files(&self) -> Result<()> {
-        self.shared.files().iter().try_for_each(WeightFile::check_unchanged)
+        self.shared.files().check_unchanged()
     }
 
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         self.shared.read(source, address, bytes)
+    }
+
+    fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
+        self.shared.files().read_directly(source, address, bytes)
     }
 
     fn read_back(&self, from: u64, address: u64, bytes: u64, _on: ComputeStream) -> Result<()> {
@@ -155,12 +164,14 @@ impl Device for HostDevice {
         Ok(())
     }
 
-    fn mark_chunk(&self, _chunk: u32) -> Result<()> {
-        Ok(()) // `takes` is always true: nothing is staged
+    fn mark_chunk(&self, chunk: u32) -> Result<()> {
+        self.shared.mark_chunk(chunk);
+        Ok(())
     }
 
-    fn wait_chunk(&self, _chunk: u32) -> Result<()> {
-        self.quiesce(None)
+    fn wait_chunk(&self, chunk: u32) -> Result<()> {
+        self.shared.wait_chunk(chunk);
+        Ok(())
     }
 
     fn page_lock(&self, address: u64, bytes: u64) -> Result<()> {
@@ -183,10 +194,12 @@ impl Device for HostDevice {
 
 #[cfg(test)]
 mod tests {
+    use super::shim::WeightFile;
     use super::*;
 
     fn device(files: Vec<WeightFile>) -> HostDevice {
-        let device = HostDevice::new(HostOptions { files, copy_bytes_per_s: 0 }).expect("a thread");
+        let options = HostOptions { files: files.into_iter().collect(), copy_bytes_per_s: 0 };
+        let device = HostDevice::new(options).expect("a thread");
         device.prepare(4, 0).expect("the host device always can");
         device
     }

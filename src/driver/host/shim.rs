@@ -5,9 +5,13 @@
 )]
 
 use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::shim_sys as sys;
 use crate::error::{Error, Result};
+
+/// Reads past the page cache begin and end at multiples of this, in the file and in memory.
+pub const SECTOR_BYTES: u64 = 4096;
 
 fn reason(code: i32) -> String {
     std::io::Error::from_raw_os_error(code).to_string()
@@ -38,7 +42,7 @@ pub fn unlock(address: u64, bytes: u64) {
     let _ = unsafe { sys::dgls_host_unlock(address, bytes) };
 }
 
-/// Page-aligned memory that is freed on drop.
+/// Whole pages that go back to the system on drop.
 #[derive(Debug)]
 pub struct Pages {
     address: u64,
@@ -73,7 +77,7 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: the address came from dgls_host_allocate and is freed once, here.
-        unsafe { sys::dgls_host_free(self.address) }
+        unsafe { sys::dgls_host_free(self.address, self.bytes) }
     }
 }
 
@@ -81,6 +85,9 @@ impl Drop for Pages {
 #[derive(Debug)]
 pub struct WeightFile {
     handle: i64,
+    /// The same file for reads past the page cache; none where those are not to be had.
+    direct: Option<i64>,
+    refuses_direct: AtomicBool,
     name: String,
     identity: (u64, i64),
 }
@@ -101,8 +108,13 @@ impl WeightFile {
         if code != 0 {
             return Err(refused(reason(code)));
         }
-        let mut file = Self { handle, name, identity: (0, 0) };
+        let refuses_direct = AtomicBool::new(false);
+        let mut file = Self { handle, direct: None, refuses_direct, name, identity: (0, 0) };
         file.identity = file.identity_now()?;
+        let mut direct = -1;
+        // SAFETY: the handle is open; the target is ours.
+        let code = unsafe { sys::dgls_host_open_direct(handle, &raw mut direct) };
+        file.direct = (code == 0).then_some(direct);
         Ok(file)
     }
 
@@ -152,6 +164,46 @@ impl WeightFile {
         // SAFETY: the handle is open; the caller of the device owns [address, address + bytes).
         let code =
             unsafe { sys::dgls_host_read_at(self.handle, offset, address, bytes, &raw mut found) };
+        self.check(offset, bytes, code, found)
+    }
+
+    /// Whether reads past the page cache are to be had.
+    pub fn reads_directly(&self) -> bool {
+        self.direct.is_some() && !self.refuses_direct.load(Ordering::Relaxed)
+    }
+
+    /// As [`WeightFile::read_at`], past the page cache and of whole sectors: writes also what lies
+    /// before and behind the range, out to multiples of [`SECTOR_BYTES`]. `address` has to have the
+    /// place within its sector that `offset` has. Where the file system refuses, the range is read
+    /// through the page cache, and so it will be from then on. Says whether it was read directly.
+    ///
+    /// # Errors
+    ///
+    /// As [`WeightFile::read_at`].
+    pub fn read_directly(&self, offset: u64, address: u64, bytes: u64) -> Result<bool> {
+        let before = offset % SECTOR_BYTES;
+        let handle = self.direct.filter(|_| self.reads_directly());
+        if let (Some(handle), true) = (handle, address % SECTOR_BYTES == before) {
+            let sectors = (before + bytes).next_multiple_of(SECTOR_BYTES);
+            let mut found = 0;
+            // SAFETY: the handle is open; the caller owns the sectors around the range.
+            let code = unsafe {
+                let (from, to) = (offset - before, address - before);
+                sys::dgls_host_read_at(handle, from, to, sectors, &raw mut found)
+            };
+            // Behind the end of a file a read of whole sectors may be refused.
+            if code == 0 || found >= before + bytes {
+                self.check(offset, bytes, 0, found.saturating_sub(before).min(bytes))?;
+                return Ok(true);
+            }
+            // Most likely sectors of another size. An error of the disk comes again below.
+            self.refuses_direct.store(true, Ordering::Relaxed);
+        }
+        self.read_at(offset, address, bytes).map(|()| false)
+    }
+
+    /// What became of a read of `bytes` bytes that found so many.
+    fn check(&self, offset: u64, bytes: u64, code: i32, found: u64) -> Result<()> {
         // Looked at after the read, so that no change before its end goes unseen.
         let identity = self.identity_now()?;
         if identity != self.identity {
@@ -171,8 +223,10 @@ impl WeightFile {
 
 impl Drop for WeightFile {
     fn drop(&mut self) {
-        // SAFETY: the handle came from dgls_host_open and is closed once, here.
-        unsafe { sys::dgls_host_close(self.handle) }
+        for handle in self.direct.into_iter().chain([self.handle]) {
+            // SAFETY: the handle was opened by this shim and is closed once, here.
+            unsafe { sys::dgls_host_close(handle) }
+        }
     }
 }
 

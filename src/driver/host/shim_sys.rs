@@ -13,13 +13,16 @@ unsafe extern "C" {
     pub fn dgls_host_allocate(bytes: u64) -> u64;
 }
 unsafe extern "C" {
-    pub fn dgls_host_free(address: u64);
+    pub fn dgls_host_free(address: u64, bytes: u64);
 }
 unsafe extern "C" {
     pub fn dgls_host_open(path: *const ::std::os::raw::c_char, file: *mut i64) -> i32;
 }
 unsafe extern "C" {
     pub fn dgls_host_close(file: i64);
+}
+unsafe extern "C" {
+    pub fn dgls_host_open_direct(file: i64, direct: *mut i64) -> i32;
 }
 unsafe extern "C" {
     pub fn dgls_host_identity(file: i64, bytes: *mut u64, modified_ns: *mut i64) -> i32;

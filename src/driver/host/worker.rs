@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::HostOptions;
-use super::shim::{self, WeightFile};
+use super::files::Files;
+use super::shim;
 use crate::driver::{EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex, may_switch};
@@ -16,9 +17,19 @@ const INLINE_BYTES: u64 = 32 << 10;
 /// One entry of the queue.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Op {
-    Copy { source: Source, target: u64, bytes: u64 },
-    Fill { target: u64, bytes: u64, value: u8 },
+    Copy {
+        source: Source,
+        target: u64,
+        bytes: u64,
+    },
+    Fill {
+        target: u64,
+        bytes: u64,
+        value: u8,
+    },
     CopyStart(EventSlot),
+    /// The copies out of a staging chunk have ended.
+    Chunk(u32),
     Ready(EventSlot),
     Stop,
 }
@@ -29,7 +40,7 @@ impl Op {
         match self {
             Self::Copy { source: Source::File { .. }, .. } => u64::MAX,
             Self::Copy { bytes, .. } | Self::Fill { bytes, .. } => bytes,
-            Self::CopyStart(_) | Self::Ready(_) | Self::Stop => 0,
+            Self::CopyStart(_) | Self::Chunk(_) | Self::Ready(_) | Self::Stop => 0,
         }
     }
 }
@@ -51,6 +62,8 @@ struct State {
     /// The thread is no more: what is in the queue will never pass.
     ended: bool,
     marks: Vec<Marks>,
+    /// For each staging chunk how many of its marks have yet to pass.
+    chunks: Vec<u64>,
     /// Error of the copies since the last `Ready`; it belongs to the next one.
     error: Option<Error>,
 }
@@ -84,6 +97,7 @@ impl Shared {
             busy: false,
             ended: false,
             marks: Vec::new(),
+            chunks: Vec::new(),
             error: None,
         };
         Self {
@@ -99,11 +113,13 @@ impl Shared {
         u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    pub(super) fn prepare(&self, slots: u32) {
+    pub(super) fn prepare(&self, slots: u32, chunks: u32) {
         self.drain();
         let mut state = self.state.lock();
         state.marks.clear();
         state.marks.resize_with(index(slots), Marks::default);
+        state.chunks.clear();
+        state.chunks.resize(index(chunks), 0);
         state.error = None;
         // Room for the deepest queue there can be, so that the hot path never allocates.
         state.queue.reserve(index(slots) * 64);
@@ -137,6 +153,7 @@ impl Shared {
                 Op::CopyStart(slot) => {
                     state.marks[index(slot.0)].times.copy_start_ns = self.now_ns();
                 }
+                Op::Chunk(chunk) => self.pass_chunk(&mut state, chunk),
                 Op::Ready(slot) => self.pass_ready(&mut state, slot),
                 Op::Stop => {
                     state.queue.push_front(Op::Stop);
@@ -210,25 +227,36 @@ impl Shared {
         state.error = None;
     }
 
-    pub(super) fn files(&self) -> &[WeightFile] {
+    pub(super) fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
+        self.options.files.read(source, address, bytes)
+    }
+
+    pub(super) fn files(&self) -> &Files {
         &self.options.files
     }
 
-    pub(super) fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
-        match source {
-            Source::Memory { address: from } => {
-                shim::copy(address, from, bytes);
-                Ok(())
-            }
-            Source::File { file, offset } => {
-                let file = self
-                    .options
-                    .files
-                    .get(index(file))
-                    .ok_or_else(|| Error::Invalid(format!("weight file {file} is not open")))?;
-                file.read_at(offset, address, bytes)
-            }
+    /// Whether a link is modelled.
+    pub(super) fn is_link(&self) -> bool {
+        self.options.copy_bytes_per_s > 0
+    }
+
+    pub(super) fn mark_chunk(&self, chunk: u32) {
+        let mut state = self.state.lock();
+        state.chunks[index(chunk)] += 1;
+        state.queue.push_back(Op::Chunk(chunk));
+    }
+
+    pub(super) fn wait_chunk(&self, chunk: u32) {
+        let mut state = self.state.lock();
+        while !state.ended && state.chunks[index(chunk)] > 0 {
+            self.work.notify_one();
+            self.passed.wait(&mut state);
         }
+    }
+
+    fn pass_chunk(&self, state: &mut State, chunk: u32) {
+        state.chunks[index(chunk)] -= 1;
+        self.passed.notify_all();
     }
 
     /// The thread's body: takes all that is in the queue at once, since each look at it may
@@ -258,6 +286,7 @@ impl Shared {
                         let now_ns = self.now_ns();
                         self.state.lock().marks[index(slot.0)].times.copy_start_ns = now_ns;
                     }
+                    Op::Chunk(chunk) => self.pass_chunk(&mut self.state.lock(), chunk),
                     Op::Ready(slot) => self.pass_ready(&mut self.state.lock(), slot),
                     Op::Stop => return,
                 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::review::transition;
 use crate::driver::ComputeStream;
 use crate::engine::Spec;
+use crate::engine::copying::Host;
 use crate::engine::core::{Before, Core};
 use crate::error::{Error, Result};
 use crate::plan::plan_after;
-use crate::pool::{Arena, Move, Pins, copies};
+use crate::pool::{Arena, Move, copies};
 use crate::units::index;
 
 impl Core {
@@ -53,11 +54,11 @@ impl Core {
 
         let device = Arc::clone(&self.device);
         let staging = self.executor.take_staging();
-        let pins = std::mem::replace(&mut self.pins, Pins::none(Arc::clone(&device)));
+        let host = std::mem::replace(&mut self.host, Host::new(Arc::clone(&device)));
         let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
         let transition = transition(&spec.profile, &self.plan, &plan, same_arena, &loaded);
         let moved = self.move_residents(&transition.moves, &arena, compute);
-        let before = Before { pins: Some(pins), staging, kept: transition.kept };
+        let before = Before { host: Some(host), staging, kept: transition.kept };
         match moved.and_then(|()| Self::new(Arc::clone(&device), spec, plan, arena, before)) {
             Ok(next) => {
                 self.order.take();
@@ -113,6 +114,7 @@ impl Core {
         std::mem::swap(&mut next.order, &mut self.order);
         std::mem::swap(&mut next.errors, &mut self.errors);
         std::mem::swap(&mut next.tuner, &mut self.tuner);
+        std::mem::swap(&mut next.slow, &mut self.slow);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;
     }

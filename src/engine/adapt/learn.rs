@@ -7,7 +7,7 @@ use super::super::trace::Record;
 use super::review::Adapt;
 use crate::driver::EventSlot;
 use crate::plan::Profile;
-use crate::units::{index, narrow};
+use crate::units::{index, narrow, real, whole};
 
 impl Core {
     /// The profile for the order learned so far and the times measured so far.
@@ -17,7 +17,7 @@ impl Core {
         let given = self.spec.profile.times.clone();
         let known = self.tuner.times(order.len()).or(given);
         let times = known.filter(|_| !self.order.has_learned());
-        Profile { order, times, ..self.spec.profile.clone() }
+        Profile { order, times, slow: self.slow.clone(), ..self.spec.profile.clone() }
     }
 
     /// Whether [`Core::rebuild`] would find something new.
@@ -27,6 +27,7 @@ impl Core {
 
     /// A pass has ended: takes up the outcome of a search for a plan, or starts one.
     pub(in crate::engine) fn pass_ended(&mut self) {
+        self.refresh();
         let adapt = self.spec.options.adapt;
         if adapt == Adapt::Off || self.plan.streamed_bytes == 0 || !self.is_open() {
             return;
@@ -74,6 +75,7 @@ impl Core {
                 block: used.block,
                 bytes,
                 stretch_bytes: stretch.iter().map(|copy| copy.bytes).sum(),
+                stretch_cost: stretch.iter().map(|copy| self.cost(copy.tensor, copy.bytes)).sum(),
                 stretch_copies: narrow(stretch.len()),
                 times,
             };
@@ -82,6 +84,11 @@ impl Core {
             }
             self.learn(&record);
         }
+    }
+
+    /// The bytes that the link could have carried in the time that these take.
+    fn cost(&self, tensor: u32, bytes: u64) -> u64 {
+        self.slow.get(index(tensor)).map_or(bytes, |slow| whole(slow * real(bytes)))
     }
 
     /// A use was timed: if that completes a pass, a better plan may be looked for.

@@ -216,7 +216,7 @@ fn copied(uses: &[&Record]) -> Option<(u64, f64)> {
     let (mut bytes, mut seconds) = (0, 0.0);
     for used in uses.iter().filter(long) {
         let times = used.times;
-        bytes += used.stretch_bytes;
+        bytes += used.stretch_cost;
         let took = real(times.copy_end_ns.saturating_sub(times.copy_start_ns)) * 1e-9;
         seconds += took - LATENCY_S.min(took / 2.0) * count(index(used.stretch_copies)).min(1e3);
     }
@@ -292,6 +292,7 @@ mod tests {
             block: 0,
             bytes: 10,
             stretch_bytes: 8 << 20,
+            stretch_cost: 8 << 20,
             stretch_copies: 1,
             times: UseTimes {
                 copy_start_ns: number * 1000,

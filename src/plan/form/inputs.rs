@@ -86,11 +86,12 @@ impl Inputs {
             let kind = |&bytes: &u64| Splits::Granules { granule, bytes };
             (bytes.iter().map(kind).collect(), (0..bytes.len()).collect(), Vec::new())
         } else {
-            let (kinds, kind_of) = by_tensors(&self.blocks, 0, self.link.copy_bytes());
+            let (kinds, kind_of) = by_tensors(&self.blocks, &[], 0, self.link.copy_bytes());
             (kinds, kind_of, self.blocks.clone())
         };
         let slot = |(block, &compute_s): (usize, &f64)| Slot { block, compute_s };
         Problem {
+            slow: Vec::new(),
             kinds,
             kind_of,
             tensors,

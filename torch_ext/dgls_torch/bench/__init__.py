@@ -6,6 +6,7 @@ import argparse
 
 from dgls_torch.bench import calls, models, planning
 from dgls_torch.demo.sample import SIZES
+from dgls_torch.units import parse_bytes
 
 
 def main(argv: list[str]) -> int:
@@ -20,11 +21,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--planner", action=argparse.BooleanOptionalAction, default=True, help="default: yes"
     )
+    parser.add_argument(
+        "--host", action=argparse.BooleanOptionalAction, default=True, help="default: yes"
+    )
+    parser.add_argument("--file", default="1GiB", help="size of the file that is streamed")
     options = parser.parse_args(argv)
     calls.run(options.device, options.rounds, options.busy_us)
     if options.planner:
         print()
         planning.run()
+    if options.host:
+        # Not above: it is a program of its own as well.
+        from dgls_torch.bench import host
+
+        print()
+        host.run(options.device, parse_bytes(options.file, "file", least=1))
     names = [name for name in options.model.split(",") if name != "none"]
     for name in names:
         print()

@@ -1,0 +1,141 @@
+//! What the tiers of host memory hold, and what each costs.
+
+use super::feed::Host;
+use crate::driver::Source;
+use crate::engine::Spec;
+use crate::plan::Plan;
+use crate::pool::Way;
+use crate::units::{index, whole};
+
+/// Tiers whose rates differ by less are one.
+const ALIKE: f64 = 1.05;
+
+/// What host memory an engine has, and what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct HostFacts {
+    /// Bytes of whole pages held as copies of what a file holds, page-locked or not.
+    pub cached_bytes: u64,
+    /// Bytes copied in each pass from page-locked memory, from other memory, and from files.
+    pub pass_bytes: [u64; 3],
+    /// Bytes read so far by the reading threads: from memory, from files through the page cache,
+    /// and past it.
+    pub read_bytes: [u64; 3],
+    /// Whether files are read past the page cache.
+    pub reads_directly: bool,
+    /// Threads that read at a time.
+    pub threads: u32,
+    /// Bytes per second that they read from memory and from files; 0 while unknown.
+    pub bytes_per_s: [u64; 2],
+    /// How often memory was given back because the system ran short, and how many bytes.
+    pub given_back: (u64, u64),
+}
+
+impl HostFacts {
+    /// All of it in the order of the fields.
+    pub fn numbers(&self) -> [u64; 13] {
+        let ([locked, memory, file], [copied, cached, direct]) = (self.pass_bytes, self.read_bytes);
+        let ([memory_rate, file_rate], (times, bytes)) = (self.bytes_per_s, self.given_back);
+        let (directly, threads) = (u64::from(self.reads_directly), u64::from(self.threads));
+        [
+            self.cached_bytes,
+            locked,
+            memory,
+            file,
+            copied,
+            cached,
+            direct,
+            directly,
+            threads,
+            memory_rate,
+            file_rate,
+            times,
+            bytes,
+        ]
+    }
+}
+
+impl Host {
+    /// For each tensor how many times as long as over the link its bytes take, if they differ: the
+    /// tier of what is streamed, and the one that a resident would have.
+    pub(in crate::engine) fn slow(&self, spec: &Spec, link_bytes_per_s: f64) -> Vec<f64> {
+        let weights = self.weights(spec);
+        let choice = self.choice.lock();
+        let times = |rate: Option<f64>| rate.map_or(1.0, |rate| (link_bytes_per_s / rate).max(1.0));
+        let (memory, file) = (times(choice.memory_bytes_per_s()), times(choice.file_bytes_per_s()));
+        let slow: Vec<f64> = weights
+            .iter()
+            .map(|weight| match weight.source {
+                _ if weight.direct => 1.0,
+                Source::Memory { .. } => memory,
+                Source::File { .. } => file,
+            })
+            .collect();
+        let least = slow.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = slow.iter().copied().fold(0.0, f64::max);
+        if most > ALIKE * least { slow } else { Vec::new() }
+    }
+
+    /// Numbers for a report.
+    pub(in crate::engine) fn facts(&self, spec: &Spec, plan: &Plan) -> HostFacts {
+        let weights = self.weights(spec);
+        let mut pass_bytes = [0; 3];
+        for used in plan.program.uses.iter().take(index(plan.program.cycle)) {
+            for copy in plan.program.copies_of(used) {
+                let weight = weights[index(copy.tensor)];
+                let tier = match weight.source {
+                    Source::File { .. } => 2,
+                    Source::Memory { .. } => usize::from(!weight.direct),
+                };
+                pass_bytes[tier] += copy.bytes;
+            }
+        }
+        let passes = u64::from(plan.program.passes.max(1));
+        let choice = self.choice.lock();
+        let rate = |rate: Option<f64>| rate.map_or(0, whole);
+        HostFacts {
+            cached_bytes: self.cache.read().bytes(),
+            pass_bytes: pass_bytes.map(|bytes| bytes / passes),
+            read_bytes: choice.bytes(),
+            reads_directly: choice.preferred() == Way::Direct,
+            threads: choice.threads(),
+            bytes_per_s: [rate(choice.memory_bytes_per_s()), rate(choice.file_bytes_per_s())],
+            given_back: self.given_back,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::feed::tests::spec;
+    use super::*;
+    use crate::driver::host::{HostDevice, HostOptions};
+    use crate::plan::plan;
+
+    fn host() -> Host {
+        let options = HostOptions { copy_bytes_per_s: 1 << 40, ..HostOptions::default() };
+        Host::new(Arc::new(HostDevice::new(options).expect("a thread")))
+    }
+
+    #[test]
+    fn a_tier_costs_what_its_rate_says() {
+        let (mut host, spec) = (host(), spec());
+        let plan = plan(&spec.profile, spec.budget_bytes).expect("feasible");
+        host.prepare(&spec, &plan);
+        assert_eq!(host.slow(&spec, 10e9), [0.0; 0], "nothing was measured");
+        {
+            let mut choice = host.choice.lock();
+            choice.note(Way::Memory, 1 << 20, 1.048_576e-4, 1); // 10 GB/s
+            choice.note(Way::Cached, 1 << 20, 1.048_576e-3, 2); // 2 GB/s, for two at a time
+        }
+        let slow = host.slow(&spec, 10e9);
+        assert!((slow[0] - 1.0).abs() < 1e-9, "{slow:?}");
+        assert!(slow[1..].iter().all(|slow| (slow - 5.0).abs() < 1e-9), "{slow:?}");
+        // A copy that has arrived is memory.
+        let tensor = host.cache.read().tensors().next().expect("one fits");
+        let bytes = vec![7_u8; 1 << 20];
+        host.cache.read().keep(tensor, 0, bytes.as_ptr() as u64, 1 << 20);
+        assert!((host.slow(&spec, 10e9)[index(tensor)] - 1.0).abs() < 1e-9);
+    }
+}

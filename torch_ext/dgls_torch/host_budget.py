@@ -1,0 +1,121 @@
+"""Decides how much host memory a stream takes for what, and refuses what a machine cannot give."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dgls_torch.memory import host_memory, pin_limits, pinned_budget, preflight_host
+from dgls_torch.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from dgls_torch.config import StreamConfig
+    from dgls_torch.memory import HostMemory
+    from dgls_torch.weights import Part
+
+# The engine makes no more chunks.
+_MOST_STAGING = 256 * MIB
+
+Locks = Literal["driver", "system", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostBudget:
+    """Bytes of host memory, none of which is ever exceeded.
+
+    Attributes:
+        pinned_bytes: Most that is page-locked beside the staging chunks, in whole pages.
+        copies_bytes: Most that holds copies of what the files hold, page-locked or not.
+        staging_bytes: Most that the staging chunks take.
+        page_cache_bytes: What the system's page cache has room for beside them; no budget of ours.
+    """
+
+    pinned_bytes: int
+    copies_bytes: int
+    staging_bytes: int
+    page_cache_bytes: int
+
+
+def host_budget(
+    config: StreamConfig, host: HostMemory, *, memory_bytes: int, filed_bytes: int, locks: Locks
+) -> HostBudget:
+    """Splits the host memory that a configuration allows, and checks that it is there.
+
+    ``ram`` is for the staging chunks and for copies of what the files hold. ``"auto"`` allows as
+    many copies as may be page-locked: one that is not comes no faster than from the page cache,
+    which the system can take back.
+
+    Args:
+        config: What was asked for.
+        host: The machine.
+        memory_bytes: Bytes of the blocks' weights that are in memory.
+        filed_bytes: Bytes of those that are in files, in whole pages.
+        locks: Who locks pages: a GPU's driver, the system, or no one, because the device copies
+            from any memory.
+
+    Raises:
+        MemoryError: What was ordered is more than some limit leaves; the message names it.
+    """
+    staging = config.staging_bytes
+    pinned = _pinned(config, host, locks)
+    copies = pinned
+    if config.ram_bytes is not None:
+        staging = min(staging, config.ram_bytes)
+        copies = config.ram_bytes - staging
+    copies = min(copies, filed_bytes)
+    # What "auto" chooses was chosen from what is left.
+    if config.pinned_bytes is not None and locks != "none":
+        _check_pins(pinned, min(pinned, memory_bytes + copies), host, locks)
+    if config.ram_bytes is not None:
+        parts = f"{format_bytes(copies)} of copies and {format_bytes(staging)} of staging chunks"
+        preflight_host(
+            copies + min(staging, _MOST_STAGING), f"ram={config.ram!r}, which is {parts},", host
+        )
+    return HostBudget(
+        pinned_bytes=pinned,
+        copies_bytes=copies,
+        staging_bytes=staging,
+        page_cache_bytes=max(0, host.available_bytes - pinned - copies - staging),
+    )
+
+
+def budget_of(config: StreamConfig, device: torch.device, parts: list[Part]) -> HostBudget:
+    """The budget of a stream with these weights on this machine, now; see `host_budget`.
+
+    Raises:
+        MemoryError: As `host_budget`.
+    """
+    locks: Locks = "driver"
+    if device.type == "cpu" and os.environ.get("DGLS_TEST_DRIVER", "auto") != "cuda":
+        # The CPU copies from any memory; a link that is modelled only from what is locked.
+        locks = "none" if config.copy_bytes_per_s is None else "system"
+    filed = [part.bytes for part in parts if part.file is not None]
+    return host_budget(
+        config,
+        host_memory(),
+        memory_bytes=sum(part.bytes for part in parts) - sum(filed),
+        filed_bytes=sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in filed),
+        locks=locks,
+    )
+
+
+def _pinned(config: StreamConfig, host: HostMemory, locks: Locks) -> int:
+    if locks == "none":
+        return 0
+    chosen = pinned_budget(config.pinned, host)
+    if config.pinned_bytes is None:
+        chosen = min(chosen, *(left for left, _ in pin_limits(host, by_driver=locks == "driver")))
+    return chosen
+
+
+def _check_pins(pinned: int, need: int, host: HostMemory, locks: Locks) -> None:
+    left, reason = min(pin_limits(host, by_driver=locks == "driver"))
+    if need > left:
+        raise MemoryError(
+            f"pinned is {format_bytes(pinned)}, of which this model would page-lock "
+            f"{format_bytes(need)}, found room for {format_bytes(left)}: {reason}"
+        )
