@@ -3,16 +3,17 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use parking_lot::RwLock;
 
 use super::cache::Cache;
 use super::choice::{Choice, Way};
 use super::pack::Fill;
 use crate::driver::{Device, Source};
 use crate::error::{Error, Result};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex};
 
 /// More never read faster, and each takes a stack.
 const MOST_THREADS: usize = 8;
@@ -23,12 +24,12 @@ const FEW_THREADS: usize = 4;
 const STACK_BYTES: usize = 512 << 10;
 
 /// Learned by all readers of an engine, and kept when they are replaced.
-pub type SharedChoice = Arc<Mutex<Choice>>;
+pub type SharedChoice = Arc<parking_lot::Mutex<Choice>>;
 
 /// What a machine's readers begin with.
 pub fn new_choice() -> SharedChoice {
     let most = crate::units::narrow(most_threads());
-    Arc::new(Mutex::new(Choice::new(most)))
+    Arc::new(parking_lot::Mutex::new(Choice::new(most)))
 }
 
 fn most_threads() -> usize {
@@ -109,9 +110,8 @@ impl Readers {
         let most = readers.shared.choice.lock().most_threads();
         for number in 0..most {
             let shared = Arc::clone(&readers.shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("dgls-read-{number}"))
-                .stack_size(STACK_BYTES);
+            let thread =
+                thread::Builder::new().name(format!("dgls-read-{number}")).stack_size(STACK_BYTES);
             match thread.spawn(move || shared.run()) {
                 Ok(thread) => readers.threads.push(thread),
                 Err(error) if readers.threads.is_empty() => {

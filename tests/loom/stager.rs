@@ -1,6 +1,7 @@
-//! Goal: between the calling thread and the staging thread no command is lost, run twice or run out
-//! of order, no wait for a *ready* ends before it is enqueued, and none goes on for ever.
-//! Method: every interleaving of both, by loom, on the real queue with a device that keeps books.
+//! Goal: between the calling thread, the staging thread and one that reads no command is lost, run
+//! twice or run out of order, no wait for a *ready* ends before it is enqueued, none goes on for
+//! ever, and no chunk is copied from before it is full or filled before it was copied from.
+//! Method: every interleaving, by loom, on the real queues with a device that keeps books.
 //! `make loom` runs it.
 
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use super::copying::{CopySide, Lane, Moved, Stager, Weight};
 use crate::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program};
-use crate::pool::{Arena, Staging};
+use crate::pool::{Arena, Choice, Staging};
 use crate::sync::{Mutex, may_switch};
 
 /// What was enqueued on the copy stream, in order. Its lock is held by no one across a switch.
@@ -76,8 +77,9 @@ impl Device for Books {
         Ok(4096)
     }
     fn free_chunk(&self, _address: u64, _bytes: u64) {}
-    fn read(&self, _source: Source, _address: u64, _bytes: u64) -> Result<()> {
-        Ok(())
+    fn read(&self, source: Source, _address: u64, _bytes: u64) -> Result<()> {
+        let Source::Memory { address } = source else { return Ok(()) };
+        self.note(format!("read {address}"))
     }
     fn mark_chunk(&self, _chunk: u32) -> Result<()> {
         Ok(())
@@ -99,9 +101,18 @@ impl Device for Books {
 
 /// A staging thread whose copies 0, 1 and 2 come from the addresses 100, 200 and 300.
 fn rig() -> (Arc<Books>, Stager) {
+    rig_of(true, 0)
+}
+
+/// The same through one chunk, at the address 4096, that one thread fills.
+fn staged_rig() -> (Arc<Books>, Stager) {
+    rig_of(false, 1)
+}
+
+fn rig_of(direct: bool, readers: u32) -> (Arc<Books>, Stager) {
     let books = Arc::new(Books::default());
     let copy = |tensor| Copy { tensor, source_offset: 0, target_offset: 0, bytes: 8, wait: None };
-    let source = |address| Weight { source: Source::Memory { address }, direct: true };
+    let source = |address| Weight { source: Source::Memory { address }, direct };
     let side = CopySide {
         device: Arc::clone(&books) as _,
         program: Arc::new(Program { copies: (0..3).map(copy).collect(), ..Program::default() }),
@@ -112,16 +123,21 @@ fn rig() -> (Arc<Books>, Stager) {
         kept: Vec::new(),
         moved: Arc::new(Moved::default()),
     };
-    let (cache, choice) = (Arc::default(), Arc::default()); // of no reading threads
+    let choice = Arc::new(parking_lot::Mutex::new(Choice::new(readers)));
     let staging = Staging::new(Arc::clone(&books) as _, 1, 4096).expect("a chunk");
     let lane = Arc::new(Mutex::new(Lane::new(side)));
-    let stager = Stager::start(lane, Arc::clone(&books) as _, &staging, cache, choice, 8, 0);
+    let stager =
+        Stager::start(lane, Arc::clone(&books) as _, &staging, Arc::default(), choice, 8, 0);
     (books, stager.expect("a thread"))
 }
 
 fn model(body: impl Fn() + Sync + Send + 'static) {
+    model_within(3, body);
+}
+
+fn model_within(preemptions: usize, body: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = Some(preemptions);
     builder.check(body);
 }
 
@@ -203,10 +219,64 @@ fn a_cancel_at_any_moment_drops_copies_and_no_wait() {
 }
 
 #[test]
-fn the_end_comes_at_any_moment() {
-    model(|| {
-        let (_books, stager) = rig();
-        stager.push([Command::Copy { index: 0 }]);
-        drop(stager);
+fn a_chunk_is_copied_from_when_it_is_full_and_filled_when_it_was_copied_from() {
+    // Two copies by three threads: three preemptions take minutes.
+    model_within(2, || {
+        let (books, stager) = staged_rig();
+        stager.push([Command::Copy { index: 0 }, ready(1), Command::Copy { index: 1 }, ready(2)]);
+        stager.wait_issued(2).expect("no faults");
+        let all = ["read 100", "copy 4096", "ready 1", "read 200", "copy 4096", "ready 2"];
+        let mut said = books.said();
+        // The second read may begin before the first mark.
+        let at = |said: &[String], what: &str| said.iter().position(|said| said == what);
+        assert!(at(&said, "copy 4096") < at(&said, "read 200"), "{said:?}");
+        assert!(at(&said, "copy 4096") < at(&said, "ready 1"), "{said:?}");
+        if at(&said, "read 200") < at(&said, "ready 1") {
+            said.swap(2, 3);
+        }
+        assert_eq!(said, all);
     });
+}
+
+#[test]
+fn after_a_reset_no_thread_reads_and_the_chunk_is_free() {
+    model(|| {
+        let (books, stager) = staged_rig();
+        stager.push([Command::WaitDone(EventSlot(7)), Command::Copy { index: 0 }, ready(1)]);
+        let waits = stager.reset();
+        let said = books.said();
+        let at = |said: &[String], what: &str| said.iter().position(|said| said == what);
+        assert!(waits.is_empty() == at(&said, "wait 7").is_some(), "{waits:?} {said:?}");
+        assert!(waits.is_empty() || at(&said, "copy 4096").is_none(), "not ordered: {said:?}");
+        stager.push([Command::Copy { index: 1 }, ready(2)]);
+        stager.wait_issued(2).expect("no faults");
+        let later = &books.said()[said.len()..];
+        assert_eq!(later, ["read 200", "copy 4096", "ready 2"]);
+    });
+}
+
+#[test]
+fn after_a_cancel_what_was_read_for_nothing_is_not_copied_for_the_next() {
+    model(|| {
+        let (books, stager) = staged_rig();
+        stager.push([Command::Copy { index: 0 }, ready(1)]);
+        stager.cancel();
+        stager.push([Command::Copy { index: 1 }, ready(2)]);
+        stager.wait_issued(2).expect("no faults");
+        let said = books.said();
+        let last = said.iter().rposition(|said| said == "copy 4096");
+        let at = |what: &str| said.iter().position(|said| said == what);
+        assert!(at("read 200") < last && last < at("ready 2"), "{said:?}");
+    });
+}
+
+#[test]
+fn the_end_comes_at_any_moment() {
+    for rig in [rig, staged_rig] {
+        model(move || {
+            let (_books, stager) = rig();
+            stager.push([Command::Copy { index: 0 }]);
+            drop(stager);
+        });
+    }
 }
