@@ -1,4 +1,4 @@
-"""Writes the results of a check as the page docs/comfyui-check.md."""
+"""Writes the results of a check as the page docs/comfyui-check.md, or docs/comfyui-gpu.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ HEAD = """# The nodes in a real ComfyUI
 fetched no model: tiny files with seeded weights stand for the architectures. Each latent of a
 streamed model was compared, bit for bit, with that of a server that never had the pack: plain for
 the budgets (shares of all weights, or the least that works), with LoRA maths at the same place for
-the LoRAs. All of it ran on a CPU; `tests/comfy/gpu.py` does the same on a GPU.
+the LoRAs. All of it ran on a CPU; [the same on a GPU](comfyui-gpu.md).
+
+"""
+GPU_HEAD = """# The nodes in a real ComfyUI, on a GPU
+
+`tests/comfy/gpu.py COMFYUI_DIR --work DIR --report FILE.md` wrote this page. It fetched no model:
+tiny files with seeded weights stand for the architectures. Each latent of a streamed model was
+compared, bit for bit, with that of a server that never had the pack, with ComfyUI's dynamic VRAM
+(what it does by itself on NVIDIA cards) and without; guidance is off, as ComfyUI decides by free
+memory whether it batches both halves. "left out": ComfyUI itself cannot sample that file so.
 
 """
 ABOUT = {
@@ -31,12 +40,21 @@ ABOUT = {
         "not streamed, as its blocks are run through other methods than forward."
     ),
     "scenarios": "One server, one after the other, on the same model.",
+    "scenarios, dynamic VRAM": "One server, one after the other; on FLUX, as there the tiny WAN "
+    "in bf16 is left out.",
+    "scenarios, no dynamic VRAM": "One server, one after the other, on WAN.",
+    "flags": "Where ComfyUI keeps models on the GPU they are left to it, and the report says so.",
     "browser": "Headless Chromium in front of a running ComfyUI.",
 }
 
 
 def as_markdown(
-    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+    results: dict[str, dict[str, str]],
+    comfyui: Path,
+    python: str,
+    commit: str,
+    took: float,
+    gpu: str | None = None,
 ) -> str:
     """The page: versions, one table for each way of storing weights, then the other parts.
 
@@ -46,8 +64,9 @@ def as_markdown(
         python: The Python that ComfyUI ran with.
         commit: What was checked; see `state_of_the_code`.
         took: Minutes.
+        gpu: The card, or nothing for a CPU.
     """
-    lines = [_facts(results, comfyui, python, commit, took)]
+    lines = [_facts(results, comfyui, python, commit, took, gpu or "CPU")]
     tables: Tables = defaultdict(dict)
     for where, found in results.items():
         if where not in ABOUT:
@@ -58,9 +77,17 @@ def as_markdown(
     for part, about in ABOUT.items():
         if part in results:
             rows = [f"| {what} | {found.strip()} |" for what, found in results[part].items()]
-            lines += ["", f"## {part.capitalize()}", "", about, "", "| what | held |", "|---|---|"]
+            lines += [
+                "",
+                f"## {part[0].upper()}{part[1:]}",
+                "",
+                about,
+                "",
+                "| what | held |",
+                "|---|---|",
+            ]
             lines += rows
-    return HEAD + "\n".join(lines) + "\n"
+    return (GPU_HEAD if gpu else HEAD) + "\n".join(lines) + "\n"
 
 
 def _table(rows: dict[str, dict[str, str]]) -> list[str]:
@@ -73,7 +100,12 @@ def _table(rows: dict[str, dict[str, str]]) -> list[str]:
 
 
 def _facts(
-    results: dict[str, dict[str, str]], comfyui: Path, python: str, commit: str, took: float
+    results: dict[str, dict[str, str]],
+    comfyui: Path,
+    python: str,
+    commit: str,
+    took: float,
+    device: str,
 ) -> str:
     version = re.search(r'"([^"]+)"', (comfyui / "comfyui_version.py").read_text())
     code = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
@@ -82,13 +114,15 @@ def _facts(
     held = sum(value == "yes" for value in checks)
     return (
         f"ComfyUI {version[1] if version else '?'}, torch {torch}, Python {number}, "
-        f"{platform.system()}, CPU, {datetime.date.today()}, commit {commit}. {held} of "
+        f"{platform.system()}, {device}, {datetime.date.today()}, commit {commit}. {held} of "
         f"{len(checks)} checks held, in {took:.0f} minutes."
     )
 
 
 def state_of_the_code() -> str:
-    """The commit, and whether files differ from it."""
+    """The commit, and whether files differ from it; unknown in a copy without history."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
     commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
     return commit + (" with changes" if changed else "")
