@@ -112,7 +112,7 @@ soak: $(main)/.wheel ## meet faults of all kinds for a while: [SECONDS_EACH=60] 
 .PHONY: loom
 loom: | preflight ## check the hand-over between threads in every interleaving
 	@RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$${CARGO_TARGET_DIR:-target}/loom" \
-	  $(cargo) test --locked --package dgls_core --lib --release -- _model
+	  $(cargo) test --locked --package dgls_core --lib --release -- _model::
 
 # What can be fetched and compiled side by side, so that the steps after it need not wait.
 prepare: $(main)/.ready $(alt)/.ready rust-ready $(build)/cargo-deny
