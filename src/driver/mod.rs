@@ -193,8 +193,12 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// [`crate::Error::PageLock`].
     fn allocate_chunk(&self, bytes: u64) -> Result<u64>;
 
-    /// Gives back what [`Device::allocate_chunk`] returned; no copy may use it any more.
+    /// Gives back what [`Device::allocate_chunk`] returned, after [`Device::finish_reads`].
     fn free_chunk(&self, address: u64, bytes: u64);
+
+    /// Blocks until nothing that was enqueued reads host memory, which is about to be given back.
+    /// Does so even where [`Device::quiesce`] fails.
+    fn finish_reads(&self);
 
     /// Looks at the files that sources lie in, and reads nothing.
     ///

@@ -129,6 +129,9 @@ impl Device for Mutant {
     fn allocate_chunk(&self, bytes: u64) -> Result<u64> {
         self.inner.allocate_chunk(bytes)
     }
+    fn finish_reads(&self) {
+        self.inner.finish_reads();
+    }
     fn free_chunk(&self, address: u64, bytes: u64) {
         self.inner.free_chunk(address, bytes);
     }

@@ -338,6 +338,8 @@ impl Device for SimDevice {
 
     fn free_chunk(&self, _address: u64, _bytes: u64) {}
 
+    fn finish_reads(&self) {}
+
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         let mut state = self.state.lock();
         state.host_works();

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use crate::driver::Device;
 use crate::error::Result;
-use crate::fence::fence;
 
 /// The chunks. One is filled again only after the copies out of it have passed.
 #[derive(Debug)]
@@ -51,11 +50,39 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // Copies out of the chunks may still be in flight. An error here was told already, by the
-        // call that caused it; the chunks are given back in any case, a panic's as well.
-        let _ = fence(|| self.device.quiesce(None));
+        // Copies out of the chunks may still be in flight. The chunks are given back in any case,
+        // a panic's as well.
+        self.device.finish_reads();
         for &address in &self.chunks {
             self.device.free_chunk(address, self.chunk_bytes);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::Source;
+    use crate::driver::host::shim::{self, Pages};
+    use crate::driver::host::{HostDevice, HostOptions};
+
+    #[test]
+    fn a_chunk_goes_when_the_copies_out_of_it_have_ended() {
+        let bytes = 1 << 20;
+        let options = HostOptions { copy_bytes_per_s: 64 << 20, ..HostOptions::default() };
+        let device: Arc<dyn Device> = Arc::new(HostDevice::new(options).expect("a thread"));
+        let (arena, eighth) = (Pages::new(bytes).expect("host memory"), bytes / 8);
+        let staging = Staging::new(Arc::clone(&device), 1, bytes).expect("a chunk");
+        let address = staging.chunks()[0];
+        shim::fill(address, 7, bytes);
+        for part in 0..8 {
+            let (source, target) = (address + part * eighth, arena.address() + part * eighth);
+            device.copy(Source::Memory { address: source }, target, eighth).expect("no faults");
+        }
+        device.flush();
+        drop(staging);
+        let mut last = [0_u8];
+        shim::copy(last.as_mut_ptr() as u64, arena.address() + bytes - 1, 1);
+        assert_eq!(last, [7], "the last copy had not begun");
     }
 }

@@ -97,6 +97,7 @@ impl Device for Idle {
         Ok(4096)
     }
     fn free_chunk(&self, _address: u64, _bytes: u64) {}
+    fn finish_reads(&self) {}
     fn read(&self, _source: Source, _address: u64, _bytes: u64) -> Result<()> {
         Ok(())
     }

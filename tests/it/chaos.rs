@@ -133,6 +133,7 @@ impl<'a> World<'a> {
             budget_bytes: budget,
             pinned_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
             staging_bytes: random.between(1, 4) << 16,
+            ram_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
             trace_uses: 16,
             options: Options {
                 poison: random.chance(50),

@@ -166,6 +166,9 @@ impl Device for Flaky {
         self.attempt("allocate_chunk")?;
         self.inner.allocate_chunk(bytes)
     }
+    fn finish_reads(&self) {
+        self.inner.finish_reads();
+    }
     fn free_chunk(&self, address: u64, bytes: u64) {
         self.inner.free_chunk(address, bytes);
     }

@@ -77,6 +77,7 @@ impl Device for Books {
         Ok(4096)
     }
     fn free_chunk(&self, _address: u64, _bytes: u64) {}
+    fn finish_reads(&self) {}
     fn read(&self, source: Source, _address: u64, _bytes: u64) -> Result<()> {
         let Source::Memory { address } = source else { return Ok(()) };
         self.note(format!("read {address}"))

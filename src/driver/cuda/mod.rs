@@ -266,6 +266,11 @@ impl Device for CudaDevice {
         let _ = unsafe { (self.primary.api.cuMemFreeHost)(index(address) as *mut c_void) };
     }
 
+    fn finish_reads(&self) {
+        // After a sticky error nothing runs any more, and there is nobody to tell.
+        let _ = self.quiesce(None);
+    }
+
     fn check_files(&self) -> Result<()> {
         self.files.check_unchanged()
     }

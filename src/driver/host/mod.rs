@@ -147,6 +147,10 @@ impl Device for HostDevice {
         self.chunks.lock().retain(|pages| pages.address() != address);
     }
 
+    fn finish_reads(&self) {
+        self.shared.drain();
+    }
+
     fn check_files(&self) -> Result<()> {
         self.shared.files().check_unchanged()
     }

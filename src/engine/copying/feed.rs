@@ -159,8 +159,10 @@ impl Host {
         std::mem::replace(&mut self.seen, filled) != filled
     }
 
-    /// Gives everything back; nothing reads it any more.
+    /// Gives everything back; no thread of ours reads it any more. Blocks until no copy does, also
+    /// where the engine could not end them.
     pub(in crate::engine) fn clear(&mut self) {
+        self.device.finish_reads();
         self.pins = Pins::none(Arc::clone(&self.device));
         *self.cache.write() = Cache::default();
     }
@@ -276,6 +278,12 @@ impl Host {
     }
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 /// Bytes of the pages that a span touches.
 fn pages(span: Span) -> u64 {
     let page = page_bytes();
@@ -285,6 +293,8 @@ fn pages(span: Span) -> u64 {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::driver::host::shim::{self, Pages};
+    use crate::driver::host::{HostDevice, HostOptions};
     use crate::plan::{Profile, plan};
 
     /// Four blocks of 1 MiB, the first in memory and the others in a file.
@@ -312,5 +322,28 @@ pub(super) mod tests {
             assert!(count > 1 || staging_bytes < 8192, "one is read while the other is copied");
             assert_eq!(bytes % SECTOR_BYTES, 0);
         }
+    }
+
+    #[test]
+    fn copies_in_ram_go_when_nothing_reads_them_any_more() {
+        let options = HostOptions { copy_bytes_per_s: 64 << 20, ..HostOptions::default() };
+        let device: Arc<dyn Device> = Arc::new(HostDevice::new(options).expect("a thread"));
+        let spec = spec();
+        let plan = plan(&spec.profile, spec.budget_bytes).expect("feasible");
+        let mut host = Host::new(Arc::clone(&device));
+        host.prepare(&spec, &plan);
+        let tensor = host.cache.read().tensors().next().expect("one fits");
+        let span = host.cache.read().span(tensor).expect("it has room");
+        shim::fill(span.address, 7, span.bytes);
+        let (arena, eighth) = (Pages::new(span.bytes).expect("host memory"), span.bytes / 8);
+        for at in (0..8).map(|part| part * eighth) {
+            let source = Source::Memory { address: span.address + at };
+            device.copy(source, arena.address() + at, eighth).expect("no faults");
+        }
+        device.flush();
+        drop(host);
+        let mut last = [0_u8];
+        shim::copy(last.as_mut_ptr() as u64, arena.address() + span.bytes - 1, 1);
+        assert_eq!(last, [7], "the last copy had not begun");
     }
 }
