@@ -48,6 +48,13 @@ pub struct Job {
     pub fill: Arc<Fill>,
 }
 
+impl Job {
+    /// Whether its bytes, or the first of them, come from a file.
+    fn is_from_file(&self) -> bool {
+        self.fill.reads.first().is_some_and(|read| matches!(read.source, Source::File { .. }))
+    }
+}
+
 /// Told the number of a chunk, and how filling it ended.
 pub type Told = dyn Fn(u32, Result<()>) + Send + Sync;
 
@@ -167,23 +174,23 @@ impl Drop for Telling<'_> {
 /// A thread that reads; counted until it has ended, however that is.
 struct Reading<'a> {
     shared: &'a Shared,
-    bytes: u64,
+    job: &'a Job,
 }
 
 impl<'a> Reading<'a> {
-    fn begin(shared: &'a Shared, bytes: u64) -> Self {
+    fn begin(shared: &'a Shared, job: &'a Job) -> Self {
         let mut state = shared.state.lock();
         if state.reading == 0 {
             state.since = Instant::now();
         }
         state.reading += 1;
-        Self { shared, bytes }
+        Self { shared, job }
     }
 }
 
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
-        self.shared.end(self.bytes);
+        self.shared.end(self.job);
     }
 }
 
@@ -199,13 +206,13 @@ impl Shared {
     }
 
     fn next(&self) -> Option<Job> {
-        let most = || self.choice.lock().threads();
+        let most = |job: &Job| self.choice.lock().threads(job.is_from_file());
         let mut state = self.state.lock();
         loop {
             if state.stop {
                 return None;
             }
-            if !state.jobs.is_empty() && state.active < most() {
+            if state.jobs.front().is_some_and(|job| state.active < most(job)) {
                 state.active += 1;
                 if state.jobs.len() > 1 {
                     self.work.notify_one();
@@ -218,7 +225,7 @@ impl Shared {
 
     fn fill(&self, job: &Job) -> Result<()> {
         self.device.wait_chunk(job.chunk)?;
-        let reading = Reading::begin(self, job.fill.bytes());
+        let reading = Reading::begin(self, job);
         let mut reads = job.fill.reads.iter();
         reads.try_for_each(|read| self.read(read.source, job.address + read.at, read.bytes))?;
         drop(reading);
@@ -232,26 +239,24 @@ impl Shared {
         Ok(())
     }
 
-    fn end(&self, bytes: u64) {
+    fn end(&self, job: &Job) {
         let mut state = self.state.lock();
         state.reading -= 1;
-        state.bytes += bytes;
+        state.bytes += job.fill.bytes();
         // Also in the middle of a long stretch, so that the number of threads is judged there.
         let now = Instant::now();
         let seconds = now.duration_since(state.since).as_secs_f64();
         let done = std::mem::take(&mut state.bytes);
         state.since = now;
         drop(state);
-        self.choice.lock().note_all(done, seconds);
+        self.choice.lock().note_all(job.is_from_file(), done, seconds);
     }
 
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
-        let sharing = self.state.lock().reading;
         let way = match source {
             Source::Memory { .. } => Way::Memory,
             Source::File { .. } => self.choice.lock().next_way(),
         };
-        let begun = Instant::now();
         let way = match way {
             Way::Direct if self.device.read_directly(source, address, bytes)? => Way::Direct,
             Way::Direct => Way::Cached,
@@ -260,8 +265,7 @@ impl Shared {
                 way
             }
         };
-        let seconds = begun.elapsed().as_secs_f64();
-        self.choice.lock().note(way, bytes, seconds, sharing);
+        self.choice.lock().note(way, bytes);
         Ok(())
     }
 }

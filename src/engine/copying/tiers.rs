@@ -97,7 +97,7 @@ impl Host {
             pass_bytes: pass_bytes.map(|bytes| bytes / passes),
             read_bytes: choice.bytes(),
             reads_directly: choice.preferred() == Way::Direct,
-            threads: choice.threads(),
+            threads: choice.threads(pass_bytes[2] > 0),
             bytes_per_s: [rate(choice.memory_bytes_per_s()), rate(choice.file_bytes_per_s())],
             given_back: self.given_back,
         }
@@ -112,6 +112,7 @@ mod tests {
     use super::*;
     use crate::driver::host::{HostDevice, HostOptions};
     use crate::plan::plan;
+    use crate::units::real;
 
     fn host() -> Host {
         let options = HostOptions { copy_bytes_per_s: 1 << 40, ..HostOptions::default() };
@@ -126,8 +127,8 @@ mod tests {
         assert_eq!(host.slow(&spec, 10e9), [0.0; 0], "nothing was measured");
         {
             let mut choice = host.choice.lock();
-            choice.note(Way::Memory, 1 << 20, 1.048_576e-4, 1); // 10 GB/s
-            choice.note(Way::Cached, 1 << 20, 1.048_576e-3, 2); // 2 GB/s, for two at a time
+            choice.note_all(false, 64 << 20, real(64 << 20) / 10e9);
+            choice.note_all(true, 64 << 20, real(64 << 20) / 2e9);
         }
         let slow = host.slow(&spec, 10e9);
         assert!((slow[0] - 1.0).abs() < 1e-9, "{slow:?}");
