@@ -257,8 +257,11 @@ def test_a_daemon_thread_that_waits_for_its_weights_at_exit(processes: Processes
     )
     done = processes.run(script)
     assert (done.code, done.out) == (0, "ready\n"), done.err
-    last = done.err.strip().splitlines()[-1:]
-    assert last in ([], ["RuntimeError: dgls: detached in another thread"])
+    # The end of the process may cut the traceback off.
+    said = done.err.strip()
+    assert not said or said.startswith("Exception in thread"), said
+    errors = [line for line in said.splitlines() if not line.startswith((" ", "Exc", "Traceback"))]
+    assert errors in ([], ["RuntimeError: dgls: detached in another thread"]), said
 
 
 def test_what_is_attached_at_exit_is_detached() -> None:
