@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import check as cpu
-from markdown import as_markdown, state_of_the_code
+from markdown import as_markdown, said, state_of_the_code
 from others import Others
 from scenarios import run_scenarios
 from steps import TOLD
@@ -51,11 +50,6 @@ def kept_on_the_gpu(check: cpu.Check) -> dict[str, str]:
             except (AssertionError, RuntimeError) as error:
                 found[flag] = f"failed: {error}"[:500]
     return found
-
-
-def _said_by(python: str, code: str) -> str:
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def main() -> int:
@@ -96,8 +90,10 @@ def main() -> int:
     checks = sum(len(found) for found in check.results.values())
     print(f"{checks} checks, {len(wrong)} wrong, {minutes:.0f} minutes", *wrong.items(), sep="\n")
     if options.report:
-        gpu = _said_by(options.python, "import torch; print(torch.cuda.get_device_name())")
-        page = as_markdown(check.results, check.comfyui, options.python, commit, minutes, gpu)
+        gpu = said(options.python, "-c", "import torch; print(torch.cuda.get_device_name())")
+        page = as_markdown(
+            check.results, check.comfyui, options.python, commit, minutes, gpu.strip()
+        )
         options.report.write_text(page)
     return 1 if wrong else 0
 

@@ -109,7 +109,7 @@ def _facts(
 ) -> str:
     version = re.search(r'"([^"]+)"', (comfyui / "comfyui_version.py").read_text())
     code = "import torch, sys; print(torch.__version__, sys.version.split()[0])"
-    torch, number = _said(python, "-c", code).split()
+    torch, number = said(python, "-c", code).split()
     checks = [v for found in results.values() for k, v in found.items() if k not in TOLD]
     held = sum(value == "yes" for value in checks)
     return (
@@ -123,10 +123,11 @@ def state_of_the_code() -> str:
     """The commit, and whether files differ from it; unknown in a copy without history."""
     if not (ROOT / ".git").exists():
         return "unknown"
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
-    changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
+    commit = said("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD").strip()
+    changed = said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").strip()
     return commit + (" with changes" if changed else "")
 
 
-def _said(*command: str) -> str:
+def said(*command: str) -> str:
+    """What a command prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
