@@ -46,7 +46,7 @@ pub struct Choice {
 impl Choice {
     /// For at most `most_threads` threads.
     pub fn new(most_threads: u32) -> Self {
-        let search = |ways: &[Way]| Search::new(ways, most_threads.max(1));
+        let search = |ways: &[Way]| Search::new(ways, most_threads);
         let (memory, file) = (search(&[Way::Memory]), search(&[Way::Direct]));
         Self { memory, file, most_threads, ..Self::default() }
     }
@@ -54,7 +54,7 @@ impl Choice {
     /// The page cache has room for the `bytes` bytes that each pass reads from files.
     pub fn warm(&mut self, bytes: u64) {
         self.warming_bytes = bytes;
-        self.file = Search::new(&[Way::Cached, Way::Direct], self.most_threads.max(1));
+        self.file = Search::new(&[Way::Cached, Way::Direct], self.most_threads);
     }
 
     /// How the next read of a file goes, if both ways can be had.
@@ -146,10 +146,14 @@ impl Search {
     fn new(ways: &[Way], most: u32) -> Self {
         let wider = std::iter::successors(Some(2), |width| Some(2 * width));
         let mut widths: Vec<u32> = wider.take_while(|&width| width < most).collect();
-        widths.extend([most, 1]);
+        widths.extend([most.max(1), 1]);
         widths.dedup();
         let arm = |width| move |&way: &Way| Arm { way, width, bytes: 0.0, seconds: 0.0 };
         let all: Vec<Arm> = widths.into_iter().flat_map(|w| ways.iter().map(arm(w))).collect();
+        Self::over(all)
+    }
+
+    fn over(all: Vec<Arm>) -> Self {
         Self { arms: all.clone(), all, ..Self::default() }
     }
 
@@ -192,11 +196,7 @@ impl Search {
         (arm.bytes, arm.seconds) = (1.0, old + NEW * (new - old));
         self.kept_bytes += bytes;
         if self.kept_bytes >= AGAIN_BYTES {
-            *self = Self {
-                arms: self.all.clone(),
-                all: std::mem::take(&mut self.all),
-                ..Self::default()
-            };
+            *self = Self::over(std::mem::take(&mut self.all));
         }
     }
 
