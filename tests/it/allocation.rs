@@ -14,6 +14,7 @@ use dgls_core::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
 use dgls_core::engine::{Engine, Options, Spec};
 
 use crate::stack::Stack;
+use crate::still::still;
 
 struct Counting;
 
@@ -59,63 +60,26 @@ struct Idle {
 }
 
 impl Device for Idle {
-    fn prepare(&self, _slots: u32, _chunks: u32) -> Result<()> {
-        Ok(())
-    }
+    still!();
+
     fn copy(&self, _source: Source, _target: u64, _bytes: u64) -> Result<()> {
         self.copies.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-    fn copy_within(&self, _from: u64, _to: u64, _bytes: u64) -> Result<()> {
-        Ok(())
-    }
-    fn fill(&self, _target: u64, _bytes: u64, _value: u8) -> Result<()> {
         Ok(())
     }
     fn wait_done(&self, _slot: EventSlot) -> Result<()> {
         Ok(())
     }
-    fn mark_copy_start(&self, _slot: EventSlot) -> Result<()> {
-        Ok(())
-    }
     fn mark_ready(&self, _slot: EventSlot) -> Result<()> {
-        Ok(())
-    }
-    fn mark_wait(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
-        Ok(())
-    }
-    fn wait_ready(&self, _slot: EventSlot, _compute: ComputeStream, _timed: bool) -> Result<()> {
-        Ok(())
-    }
-    fn mark_done(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
         Ok(())
     }
     fn takes(&self, _source: Source, _page_locked: bool) -> bool {
         !self.staged
     }
-    fn allocate_chunk(&self, _bytes: u64) -> Result<u64> {
-        Ok(4096)
-    }
-    fn free_chunk(&self, _address: u64, _bytes: u64) {}
-    fn finish_reads(&self) {}
     fn read(&self, _source: Source, _address: u64, _bytes: u64) -> Result<()> {
         Ok(())
     }
-    fn mark_chunk(&self, _chunk: u32) -> Result<()> {
-        Ok(())
-    }
-    fn wait_chunk(&self, _chunk: u32) -> Result<()> {
-        Ok(())
-    }
-    fn page_lock(&self, _address: u64, _bytes: u64) -> Result<()> {
-        Ok(())
-    }
-    fn page_unlock(&self, _address: u64, _bytes: u64) {}
     fn times(&self, _slot: EventSlot) -> Option<UseTimes> {
         Some(UseTimes::default())
-    }
-    fn quiesce(&self, _last: Option<EventSlot>) -> Result<()> {
-        Ok(())
     }
 }
 

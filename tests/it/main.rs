@@ -21,6 +21,7 @@ mod schedule;
 mod simulation;
 mod slow;
 mod stack;
+mod still;
 mod tidy;
 mod tiers;
 mod verify;

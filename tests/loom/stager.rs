@@ -4,8 +4,12 @@
 //! Method: every interleaving, by loom, on the real queues with a device that keeps books.
 //! `make loom` runs it.
 
+#[path = "../it/still.rs"]
+mod still;
+
 use std::sync::Arc;
 
+use self::still::still;
 use super::command::Command;
 use super::copying::{CopySide, Lane, Moved, Stager, Weight};
 use crate::driver::{ComputeStream, Device, EventSlot, Source, UseTimes};
@@ -35,9 +39,8 @@ impl Books {
 }
 
 impl Device for Books {
-    fn prepare(&self, _slots: u32, _chunks: u32) -> Result<()> {
-        Ok(())
-    }
+    still!();
+
     fn copy(&self, source: Source, _target: u64, _bytes: u64) -> Result<()> {
         let Source::Memory { address } = source else { return Ok(()) };
         if *self.refused.lock() == Some(address) {
@@ -46,57 +49,21 @@ impl Device for Books {
         }
         self.note(format!("copy {address}"))
     }
-    fn copy_within(&self, _from: u64, _to: u64, _bytes: u64) -> Result<()> {
-        Ok(())
-    }
-    fn fill(&self, _target: u64, _bytes: u64, _value: u8) -> Result<()> {
-        Ok(())
-    }
     fn wait_done(&self, slot: EventSlot) -> Result<()> {
         self.note(format!("wait {}", slot.0))
-    }
-    fn mark_copy_start(&self, _slot: EventSlot) -> Result<()> {
-        Ok(())
     }
     fn mark_ready(&self, slot: EventSlot) -> Result<()> {
         self.note(format!("ready {}", slot.0))
     }
-    fn mark_wait(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
-        Ok(())
-    }
-    fn wait_ready(&self, _slot: EventSlot, _compute: ComputeStream, _timed: bool) -> Result<()> {
-        Ok(())
-    }
-    fn mark_done(&self, _slot: EventSlot, _compute: ComputeStream) -> Result<()> {
-        Ok(())
-    }
     fn takes(&self, _source: Source, _page_locked: bool) -> bool {
         true
     }
-    fn allocate_chunk(&self, _bytes: u64) -> Result<u64> {
-        Ok(4096)
-    }
-    fn free_chunk(&self, _address: u64, _bytes: u64) {}
-    fn finish_reads(&self) {}
     fn read(&self, source: Source, _address: u64, _bytes: u64) -> Result<()> {
         let Source::Memory { address } = source else { return Ok(()) };
         self.note(format!("read {address}"))
     }
-    fn mark_chunk(&self, _chunk: u32) -> Result<()> {
-        Ok(())
-    }
-    fn wait_chunk(&self, _chunk: u32) -> Result<()> {
-        Ok(())
-    }
-    fn page_lock(&self, _address: u64, _bytes: u64) -> Result<()> {
-        Ok(())
-    }
-    fn page_unlock(&self, _address: u64, _bytes: u64) {}
     fn times(&self, _slot: EventSlot) -> Option<UseTimes> {
         None
-    }
-    fn quiesce(&self, _last: Option<EventSlot>) -> Result<()> {
-        Ok(())
     }
 }
 
