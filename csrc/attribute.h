@@ -19,9 +19,10 @@ class Attribute {
   // Whether it was set; else an exception is.
   bool set(PyObject* tensor, PyObject* value) const;
 
- private:
+  // Whether a tensor is of torch.Tensor or torch.nn.Parameter itself.
   bool is_plain(PyObject* tensor) const;
 
+ private:
   PyObject* name_ = nullptr;
   PyObject* tensor_type_ = nullptr;
   PyObject* parameter_type_ = nullptr;

@@ -32,6 +32,7 @@ void Block::let_go() {
   std::vector<Tensor>().swap(held_masters);
   std::vector<Tensor>().swap(held_views);
   std::vector<Target>().swap(targets);
+  std::vector<Lines>().swap(view_lines);
   on_rebuild = Ref();
   increment_versions = Ref();
   state.reset();
@@ -39,6 +40,18 @@ void Block::let_go() {
 
 bool Block::is_for(PyObject* module_object) const {
   return PyWeakref_GetObject(module.get()) == module_object;
+}
+
+void Block::note_lines() {
+  const auto plain = std::find_if(targets.begin(), targets.end(), [](const Target& target) {
+    return target.parameter.has_value();
+  });
+  learns_lines = plain != targets.end() && Lines::can_learn(plain->object.get(), *plain->parameter);
+  if (!learns_lines) return;
+  for (const Target& target : targets) {
+    if (!target.is_dict) parameter_lines.add(target.object.get());
+    master_lines.add(target.master.get());
+  }
 }
 
 bool Block::bind(uint32_t at) {
@@ -49,6 +62,7 @@ bool Block::bind(uint32_t at) {
                  name.c_str());
     return false;
   }
+  view_lines[at].fetch();
   if (!note_bound(at)) return false;
   is_bound = true;
   owner = PyThread_get_thread_ident();

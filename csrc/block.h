@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "lines.h"
 #include "state.h"
 
 namespace dgls {
@@ -86,7 +87,12 @@ struct Block {
   // twice each time that it looks at a tensor which only Python knows: a fourth of each binding.
   std::vector<Tensor> held_masters;
   std::vector<Tensor> held_views;
-  uint64_t layout = 0;  // the state's, when the views were made
+  // What binding and unbinding touch; nothing where that cannot be learned.
+  bool learns_lines = false;
+  Lines parameter_lines;
+  Lines master_lines;
+  std::vector<Lines> view_lines;  // by position of the program
+  uint64_t layout = 0;            // the state's, when the views were made
   bool is_open = true;
   bool is_bound = false;
   unsigned long owner = 0;  // the thread that it is bound for
@@ -114,6 +120,9 @@ struct Block {
 
   // Sets an exception if grad mode is on and a parameter requires grad.
   bool allows_grad_mode();
+
+  // Learns what binding the parameters and unbinding them touch.
+  void note_lines();
 
   // Takes the masters as they are now for what the device will have.
   bool note_masters();

@@ -72,6 +72,7 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
     PyErr_SetString(PyExc_RuntimeError, kForked);
     return nullptr;
   }
+  block->parameter_lines.fetch();
   block->forget_stolen(PyThread_get_thread_ident());
   bool changed = false;
   if (!take_back_active(state) || !block->allows_grad_mode() || !block->check_masters(changed) ||
@@ -114,6 +115,8 @@ PyObject* after_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t cou
   }
   const std::shared_ptr<State> held = block->state;
   State& state = *held;
+  block->parameter_lines.fetch();
+  block->master_lines.fetch();
   const bool wrote = block->wrote_weights();
   bool ok = !wrote;
   {
@@ -205,6 +208,7 @@ PyObject* make_hooks(PyObject*, PyObject* args) {
   Py_DECREF(weak);
   if (!read_targets(targets, handed, block->targets) || !block->note_masters()) return nullptr;
   block->held_masters = std::move(handed);
+  block->note_lines();
   PyObject* capsule = PyCapsule_New(block.get(), kCapsule, free_block);
   if (capsule == nullptr) return nullptr;
   block.release();
@@ -228,6 +232,11 @@ PyObject* set_views(PyObject*, PyObject* args) {
     const Py_ssize_t size = PyList_Size(list);
     if (size < 0) return nullptr;
     for (Py_ssize_t j = 0; j < size; ++j) views.back().push_back(Ref(PyList_GetItem(list, j)));
+  }
+  block->view_lines.assign(views.size(), Lines());
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (!block->learns_lines) break;
+    for (const Ref& view : views[i]) block->view_lines[i].add(view.get());
   }
   block->views.swap(views);
   block->held_views.clear();
