@@ -27,6 +27,10 @@ const PATIENCE: u64 = 4;
 const LONG_COPY_BYTES: u64 = 4 << 20;
 /// Seconds that a copy takes besides its bytes: two calls of the driver and a gap on the engine.
 const LATENCY_S: f64 = 5e-6;
+/// What a pass of another length adds to the unrest, of which each other pass takes 1 away; and the
+/// most of it with which such a pass is news.
+const UNREST: u8 = 2;
+const CALM: u8 = 6;
 /// Time outside of the blocks that counts, in passes: more is a pause between two runs.
 const MOST_OUTSIDE: f64 = 2.0;
 
@@ -67,6 +71,7 @@ pub struct Tuner {
     reviewed: Option<(f64, f64)>,
     /// What passes take, from one to the next.
     span_s: Option<f64>,
+    unrest: u8,
 }
 
 impl Tuner {
@@ -76,10 +81,17 @@ impl Tuner {
     }
 
     /// A pass took `span_s` seconds, from its beginning to that of the next one. Says whether that
-    /// is another time than before.
+    /// is another time than before. Where hardly two passes take the same time it is no news: to
+    /// time all of them would cost more than it tells.
     pub fn is_news(&mut self, span_s: f64) -> bool {
         let before = self.span_s.replace(span_s);
-        before.is_some_and(|before| moved(before, span_s, MISSED))
+        let other = before.is_some_and(|before| moved(before, span_s, MISSED));
+        self.unrest = if other {
+            (self.unrest + UNREST).min(2 * CALM)
+        } else {
+            self.unrest.saturating_sub(1)
+        };
+        other && self.unrest <= CALM
     }
 
     /// A pass ran; `predicted_s` is the plan's period. Says whether to look for a plan.
@@ -283,6 +295,16 @@ mod tests {
         let news: Vec<bool> =
             [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|span_s| tuner.is_news(span_s)).to_vec();
         assert_eq!(news, [false, false, false, true, false, true]);
+    }
+
+    #[test]
+    fn where_passes_never_take_the_same_time_that_is_no_news() {
+        let mut tuner = Tuner::new();
+        let mut news = |spans: &[f64]| spans.iter().filter(|&&s| tuner.is_news(s)).count();
+        assert_eq!(news(&[1.0, 1.2, 1.0, 1.2]), 3);
+        assert_eq!(news(&[1.0, 1.2].repeat(20)), 0);
+        assert_eq!(news(&[1.0; 12]), 0);
+        assert_eq!(news(&[1.5, 1.5, 1.5]), 1, "after a while of rest");
     }
 
     #[test]
