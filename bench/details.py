@@ -94,8 +94,9 @@ def _account(cell: Cell) -> dict[str, Any]:
 
 
 def _hooks(cell: Cell) -> dict[str, Any] | None:
-    """The host's time at each call of a block; once in a process, on a GPU."""
-    if not cell.is_on_cuda or not cell.is_first or cell.budget_bytes != cell.job.cells[0][0]:
+    """The host's time at each call of a block; once in a run, on a GPU."""
+    is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
+    if not (cell.is_on_cuda and is_first and cell.job.hooks):
         return None
     torch.cuda.set_per_process_memory_fraction(1.0, cell.job.device)  # another model for a while
     return added_host_time(cell.job.folder, cell.job.device)

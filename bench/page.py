@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from bench.results import Results
 
+EVEN = 1.01
+"""How many times as fast an engine may be without being called faster: as in floors.json."""
+
 _HEAD = """# Benchmarks
 
 Made by `python -m bench page` from the runs named below. Efficiency is the physical limit over the
@@ -36,8 +39,15 @@ linear ones stay on the device.
 `over`: ran out of memory under the cap (the budget, what the resident run needs beside its
 weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
 `differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
-`lost`: an engine was faster than dgls_torch. `host`: launches were more than a tenth of the pass,
-so the host limits; the resident run then is as noisy as the rest, and values pass 100.
+`lost`: an engine was more than 1 % faster than dgls_torch; `even`: one was faster by less. `host`:
+launches were more than a tenth of the pass, so the host limits; the resident run then is as noisy
+as the rest, and values pass 100.
+"""
+
+
+_ACCOUNT = """Milliseconds, from a profile of a few passes more: `profiled` is what those took by
+events, `sum` the parts together, `alone` compute alone. An engine that was faster has a line of its
+own.
 """
 
 
@@ -73,12 +83,18 @@ def _beds(results: Results) -> list[str]:
         limit, ours = results.limit(one), cells.get("dgls")
         took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
         texts = [cell_text(results, cells.get(name)) for name in names]
-        marks = [" lost"] * bool(losers(results, cells)) + [" host"] * _is_host_bound(ours)
+        marks = [_standing(results, cells), " host" * _is_host_bound(ours)]
         best = f"{100 * limit.seconds / results.optimum_s(cells):.1f}"
         first = (f"{100 * results.share(one):.0f} %", point, f"{limit.ratio:.2f}")
         row = (*first, f"{1e3 * limit.seconds:.1f}", took + "".join(marks), best, *texts)
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def _standing(results: Results, cells: dict[str, dict[str, Any]]) -> str:
+    if losers(results, cells, EVEN):
+        return " lost"
+    return " even" if losers(results, cells) else ""
 
 
 def _is_host_bound(cell: dict[str, Any] | None) -> bool:
@@ -196,8 +212,7 @@ def text(loaded: list[Results], chart: str) -> str:
     for number, results in enumerate(loaded, 1):
         lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
         lines += ["", "### Where a pass went", ""]
-        lines += ["Milliseconds, from a profile of a few passes more; `alone` is compute alone,"]
-        lines += ["`sum` the parts together. An engine that was faster has a line of its own.", ""]
+        lines += [_ACCOUNT]
         lines += _markdown(account_rows(results))
         lines += ["", "### Memory and host", "", *_memory(results)]
         lines += ["", "### What failed", "", *_reasons(results), "", *_skipped(results), ""]

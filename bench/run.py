@@ -225,6 +225,7 @@ class Run:
             "ratios": missing if task.kind == "limits" else [],
             "points": self._untimed(stage) if task.kind == "limits" else [],
             "deep": options.deep,
+            "hooks": not any(cell.get("hooks") for cell in self._results.value["cells"]),
         }
 
     def _untimed(self, stage: Stage) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ class Job:
     """For the limits: known points whose blocks have not been timed yet."""
     deep: bool
     """Whether to account for the time as well."""
+    hooks: bool
+    """Whether to measure the host's time at each call too."""
 
 
 def _job(value: dict[str, Any]) -> Job:
@@ -72,6 +74,7 @@ def _job(value: dict[str, Any]) -> Job:
         ratios=value["ratios"],
         points=[Point(**point) for point in value["points"]],
         deep=value["deep"],
+        hooks=value["hooks"],
     )
 
 

@@ -81,6 +81,7 @@ def rows(folder: Path, errors: list[Exception | None], seconds: float = 60) -> l
         ratios=[],
         points=[],
         deep=False,
+        hooks=False,
     )
     out = io.StringIO()
     Worker(job, engine, out).run()
