@@ -252,6 +252,88 @@ def file_source() -> str:
     return "3 passes identical"
 
 
+@check("6. tiers: of a file page-locked, in RAM and read in every pass; memory is given back")
+def tiers() -> str:
+    from safetensors.torch import save_file
+
+    model = make(2048, 12)
+    x = torch.randn(1, 64, 2048, dtype=torch.bfloat16, device=DEVICE)
+    expected = reference(model, x)
+    vram = next(budgets(model))
+    os.environ["DGLS_TEST_GUARD_S"] = "0.01"
+    texts = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(dict(model.state_dict()), str(path))
+        for ram in ("48MiB", "256MiB", "auto"):
+            os.environ["DGLS_TEST_AVAILABLE"] = str(2**40)
+            meta = make(2048, 12).to("meta")
+            options = {"source": path, "ram": ram, "staging": "32MiB", "poison": True}
+            with dgls_torch.stream(meta, vram, **options) as s, torch.inference_mode():
+                same = [torch.equal(meta(x), expected) for _ in range(6)]
+                host = s.report().host
+                if ram != "48MiB":
+                    os.environ["DGLS_TEST_AVAILABLE"] = "0"
+                    same += given_back(s, meta, x, expected)
+            if not all(same):
+                raise AssertionError(f"ram={ram}: differs")
+            cached, read = host.cached_bytes / MIB, host.file_bytes / MIB
+            texts.append(f"ram={ram}: {cached:.0f} MiB in RAM, {read:.0f} read in a pass")
+    del os.environ["DGLS_TEST_GUARD_S"], os.environ["DGLS_TEST_AVAILABLE"]
+    return "; ".join(texts)
+
+
+def given_back(
+    s: dgls_torch.Stream, model: nn.Module, x: torch.Tensor, expected: torch.Tensor
+) -> list[bool]:
+    """Runs passes until host memory was given back; whether each was right."""
+    same = []
+    for _ in range(2000):
+        same.append(torch.equal(model(x), expected))
+        if s.report().host.given_back:
+            return same
+    raise AssertionError("no memory was given back")
+
+
+def is_told(model: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a pass ended with the words of `verify`; one that comes to its end must be right."""
+    try:
+        out = model(x)
+    except RuntimeError as error:
+        if "arrived with other bytes" not in str(error):
+            raise
+        return True
+    if not torch.equal(out, expected):
+        raise AssertionError("a wrong output came through")
+    return False
+
+
+@check("6. verify=True: right bytes pass; planted ones are told and fetched again")
+def verify() -> str:
+    model = make(1024, 8)
+    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
+    expected = reference(model, x)
+    vram = list(budgets(model))[1]
+    for pinned in (0, "4GiB"):
+        with (
+            dgls_torch.stream(model, vram, verify=True, pinned=pinned) as s,
+            torch.inference_mode(),
+        ):
+            same = [torch.equal(model(x), expected) for _ in range(3)]
+            report = s.report()
+        if not all(same) or report.mismatches or not report.verified_bytes:
+            raise AssertionError(f"pinned={pinned}: {same}, {report}")
+    os.environ["DGLS_TEST_FAULTS"] = "8"
+    try:
+        with dgls_torch.stream(model, vram, verify=True) as s, torch.inference_mode():
+            told = sum(is_told(model, x, expected) for _ in range(40))
+    finally:
+        del os.environ["DGLS_TEST_FAULTS"]
+    if told == 0:
+        raise AssertionError("no planted byte was found")
+    return f"{report.verified_bytes / MIB:.0f} MiB compared; {told} planted bytes told"
+
+
 @check("7. torch.compile (inductor): two slot addresses, no recompile")
 def compiled() -> str:
     import torch._dynamo as dynamo
@@ -321,19 +403,69 @@ def out_of_memory() -> str:
     return text
 
 
+class Hungry(nn.Module):
+    """Takes device memory of its own in the middle of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bytes:
+            torch.empty(self.bytes, dtype=torch.uint8, device=x.device)
+        return x
+
+
+@check("errors: out of memory in a pass; with vram=auto the next one has more room")
+def out_of_memory_in_a_pass() -> str:
+    model = make(2048, 12)
+    model.insert(1, hungry := Hungry())
+    x = torch.randn(1, 8, 2048, dtype=torch.bfloat16, device=DEVICE)
+    expected = reference(model, x)
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = sum(p.nbytes for p in model.parameters())
+    free, total = torch.cuda.mem_get_info()
+    reserve = total // 8 + total // 16  # what the planner leaves for activations and others
+    hog = torch.empty(free - reserve - 2 * weights, dtype=torch.uint8, device=DEVICE)
+    try:
+        with dgls_torch.stream(model, vram="auto") as s, torch.inference_mode():
+            same = [torch.equal(model(x), expected)]
+            first, failed = s.plan.vram_bytes, 0
+            torch.cuda.empty_cache()
+            hungry.bytes = torch.cuda.mem_get_info()[0] + s.plan.arena_bytes // 3
+            while failed < 10:
+                try:
+                    same.append(torch.equal(model(x), expected))
+                    break
+                except torch.OutOfMemoryError as error:
+                    if "call the model again" not in str(error):
+                        raise
+                    failed += 1
+            last = s.plan.vram_bytes
+    finally:
+        del hog
+        torch.cuda.empty_cache()
+    if not all(same) or not 0 < failed < 10 or last >= first:
+        raise AssertionError(f"{same}, {failed} failures, {first} -> {last} bytes")
+    return f"{failed} failures, then right: {first / MIB:.0f} -> {last / MIB:.0f} MiB"
+
+
 def main() -> int:
     """Runs the checks, prints a line for each, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="for compute-sanitizer")
+    parser.add_argument("--only", default="", help="checks whose names contain this")
     parser.add_argument("--out", default="docs/gpu-check.md")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device and torch sees none", file=sys.stderr)
         return 2
-    slow = {"compiled", "out_of_memory", "mutant_ready", "mutant_done"}
+    slow = {"compiled", "out_of_memory", "out_of_memory_in_a_pass", "mutant_ready", "mutant_done"}
     lines, failed = [], 0
     for title, function in _checks:
-        if options.quick and function.__name__ in slow:
+        name = function.__name__
+        if options.only not in name or (options.quick and name in slow):
             continue
         begun = time.monotonic()
         try:
