@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use parking_lot::Mutex;
 
-use self::memory::{Memory, Read};
+use self::memory::{Locks, Memory, Read};
 use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
@@ -28,8 +28,10 @@ pub struct SimOptions {
     pub ns_per_kib: u64,
     /// Nanoseconds for each copy, whatever its size.
     pub latency_ns: u64,
-    /// Sources above this address have to be staged.
+    /// Sources above this address have to be staged, or page-locked.
     pub staged_from: Option<u64>,
+    /// Whether memory can be page-locked.
+    pub lockable: bool,
 }
 
 #[derive(Debug, Default)]
@@ -54,6 +56,7 @@ struct State {
     /// Host ranges that were written again, by first byte: their end, and how often.
     rewritten: BTreeMap<u64, (u64, u64)>,
     chunk_next: u64,
+    locks: Locks,
     violations: Vec<String>,
 }
 
@@ -81,6 +84,7 @@ impl SimDevice {
                 host_memory: Memory::default(),
                 rewritten: BTreeMap::new(),
                 chunk_next: 1 << 60,
+                locks: Locks::default(),
                 violations: Vec::new(),
             }),
         }
@@ -122,6 +126,11 @@ impl SimDevice {
         let mut state = self.state.lock();
         state.options.ns_per_kib = ns_per_kib;
         state.options.latency_ns = latency_ns;
+    }
+
+    /// Page-locked ranges, and how many there ever were.
+    pub fn page_locks(&self) -> (usize, u64) {
+        self.state.lock().locks.counts()
     }
 
     /// Another arena: copies may go there from now on.
@@ -364,11 +373,15 @@ impl Device for SimDevice {
         Ok(())
     }
 
-    fn page_lock(&self, _address: u64, bytes: u64) -> Result<()> {
-        Err(Error::PageLock { bytes, reason: "the simulated device page-locks nothing".into() })
+    fn page_lock(&self, address: u64, bytes: u64) -> Result<()> {
+        let mut state = self.state.lock();
+        let allowed = state.options.lockable;
+        state.locks.add(address, bytes, allowed)
     }
 
-    fn page_unlock(&self, _address: u64, _bytes: u64) {}
+    fn page_unlock(&self, address: u64, bytes: u64) {
+        self.state.lock().locks.remove(address, bytes);
+    }
 
     fn times(&self, slot: EventSlot) -> Option<UseTimes> {
         Some(self.state.lock().marks[index(slot.0)].times)

@@ -1,8 +1,9 @@
 //! The state of an engine: keeps schedule, executor, memory and counts in step.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::adapt::{Assembly, Review, Tuner};
+use super::adapt::{Assembly, Proposal, Review, Tuner};
 use super::command::Command;
 use super::copying::{CopySide, Host, Moved};
 use super::executor::Executor;
@@ -45,7 +46,9 @@ pub(super) struct Core {
     pub(super) tuner: Tuner,
     pub(super) review: Review,
     /// A better plan for the present order and budget, to be adopted between passes.
-    pub(super) proposal: Option<Plan>,
+    pub(super) proposal: Option<Proposal>,
+    /// Since when the device has had nothing to do, because a better plan is taken up.
+    pub(super) idle_since: Option<Instant>,
     pub(super) counters: Counters,
     pub(super) errors: ErrorLog,
     pub(super) verifier: Verifier,
@@ -126,6 +129,7 @@ impl Core {
             tuner: Tuner::new(),
             review: Review::default(),
             proposal: None,
+            idle_since: None,
             counters: Counters::default(),
             errors: ErrorLog::default(),
             verifier: Verifier::default(),
@@ -215,6 +219,7 @@ impl Core {
             checked.inspect_err(|error| self.failed(error, compute, last))?;
         }
         self.entered_on = compute;
+        self.note_pause();
         let passes = self.order.passes();
         self.order.seen(block);
         if self.order.passes() > passes {
@@ -358,7 +363,7 @@ impl Core {
             passes: self.order.passes(),
             bytes,
             copies,
-            pinned_bytes: self.host.pinned().0,
+            pinned_bytes: self.host.pinned().0 + self.proposal.as_ref().map_or(0, Proposal::pinned),
             pin_failures: self.host.pinned().1,
             staging_bytes: self.staging_bytes,
         }

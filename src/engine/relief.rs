@@ -28,6 +28,9 @@ impl Core {
     ///
     /// The device's error; nothing was given back then.
     pub(super) fn give_back(&mut self, bytes: u64) -> Result<()> {
+        // Page-locks of plans that are not in force are the first to go.
+        self.review.discard();
+        self.proposal = None;
         let chosen = self.host.to_give_back(bytes);
         if chosen.is_empty() {
             return Ok(());

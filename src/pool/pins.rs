@@ -16,6 +16,13 @@ pub struct Span {
     pub bytes: u64,
 }
 
+impl Span {
+    /// Whether both have a byte in common.
+    pub fn meets(&self, other: &Self) -> bool {
+        self.address < other.address + other.bytes && other.address < self.address + self.bytes
+    }
+}
+
 /// The page-locked ranges of one engine; unlocked on drop.
 ///
 /// Not a byte more than the tensors is registered. The driver refuses a copy of a range that is
@@ -85,9 +92,13 @@ impl Pins {
 
     /// Whether any of the ranges shares bytes with what is locked: a byte is registered once only.
     fn overlaps(&self, ranges: &[Span]) -> bool {
-        let shares =
-            |a: &Span, b: &Span| a.address < b.address + b.bytes && b.address < a.address + a.bytes;
-        ranges.iter().any(|range| self.locked.iter().any(|locked| shares(range, locked)))
+        ranges.iter().any(|range| self.locked.iter().any(|locked| range.meets(locked)))
+    }
+
+    /// Takes over what others have locked, which shares no byte with what is locked here.
+    pub fn absorb(&mut self, mut other: Self) {
+        self.locked.append(&mut other.locked);
+        self.locked.sort_by_key(|range| range.address);
     }
 
     /// Unlocks everything, because staging needs the room; counts as a refusal.
@@ -101,12 +112,7 @@ impl Pins {
     /// Unlocks every range that shares bytes with one of the spans. Returns how many bytes that
     /// were.
     pub fn release(&mut self, spans: &[Span]) -> u64 {
-        let meets = |range: &Span| {
-            spans.iter().any(|span| {
-                span.address < range.address + range.bytes
-                    && range.address < span.address + span.bytes
-            })
-        };
+        let meets = |range: &Span| spans.iter().any(|span| span.meets(range));
         let (go, stay): (Vec<Span>, Vec<Span>) = self.locked.iter().partition(|range| meets(range));
         self.locked = stay;
         for range in &go {

@@ -47,13 +47,19 @@ impl Truth {
 
 impl Run {
     fn new(profile: &Profile, budget: u64, adapt: Adapt) -> Self {
+        Self::on(&SimOptions::default(), profile, budget, adapt)
+    }
+
+    fn on(options: &SimOptions, profile: &Profile, budget: u64, adapt: Adapt) -> Self {
         let stack = Stack::new(profile.clone(), 64);
         let sim = Arc::new(SimDevice::new(SimOptions {
             arena: (ARENA, budget),
             latency_ns: LATENCY_NS,
-            ..SimOptions::default()
+            ..options.clone()
         }));
         let spec = Spec {
+            pinned_bytes: u64::MAX,
+            staging_bytes: 1 << 20,
             profile: profile.clone(),
             sources: stack.sources(),
             budget_bytes: budget,
@@ -274,4 +280,53 @@ fn a_plan_that_was_found_beside_waits_for_the_end_of_a_pass() {
         std::thread::yield_now();
     }
     panic!("no plan was found");
+}
+
+/// A run on a device that copies out of page-locked memory only, up to where a plan was found.
+fn proposed() -> Run {
+    let truth = Truth { kernel_ns: 6_000_000, double: 25, ns_per_kib: 41 };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let locks = SimOptions { staged_from: Some(0), lockable: true, ..SimOptions::default() };
+    let mut run = Run::on(&locks, &profile, 12 * GB, Adapt::AtOnce);
+    while !run.engine.wants_rebuild() {
+        assert!(run.engine.stats().passes < 20, "no plan was found");
+        run.pass(truth, &mut exactly);
+    }
+    run
+}
+
+#[test]
+fn what_a_plan_needs_is_page_locked_before_it_is_taken_up() {
+    let mut run = proposed();
+    let held = run.engine.stats().pinned_bytes;
+    let (now, ever) = run.sim.page_locks();
+    assert_eq!(ever, now as u64, "nothing was given back");
+    run.rebuild(12 * GB, ARENA);
+    assert_eq!(run.engine.stats().counters.adopted, 1);
+    assert_eq!(run.sim.page_locks(), (now, ever), "nothing was locked while the device waited");
+    assert_eq!(run.engine.stats().pinned_bytes, held);
+    assert_eq!(run.engine.stats().pin_failures, 0);
+    run.finish();
+    let sim = Arc::clone(&run.sim);
+    drop(run);
+    assert_eq!(sim.page_locks().0, 0);
+}
+
+#[test]
+fn page_locks_of_a_plan_that_is_not_taken_up_go() {
+    let run = proposed();
+    let plan = run.engine.plan();
+    let streamed = plan.resident.iter().filter(|&&stays| !stays).count();
+    let (held, ever) = run.sim.page_locks();
+    assert!(held > streamed, "the plan that was found needs others too");
+    run.engine.give_back(1);
+    run.engine.enter(0, COMPUTE).expect("no faults");
+    assert_eq!(run.sim.page_locks(), (streamed - 1, ever), "those, and one of the plan in force");
+
+    let run = proposed();
+    let sim = Arc::clone(&run.sim);
+    assert!(sim.page_locks().0 > 0);
+    drop(run);
+    assert_eq!(sim.page_locks().0, 0, "a closed engine has none");
 }

@@ -123,6 +123,7 @@ impl World {
                 Staged::Half => Some(stack.middle()),
                 _ => Some(0),
             },
+            ..SimOptions::default()
         }));
         let mut failing = BTreeSet::new();
         if setup.faults {

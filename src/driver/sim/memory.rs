@@ -1,6 +1,35 @@
 //! The books of the simulated memory: who wrote which bytes, until when, and who reads them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::error::Error;
+
+/// Host ranges that are page-locked, and how many there ever were.
+#[derive(Debug, Default)]
+pub(super) struct Locks {
+    ranges: BTreeSet<(u64, u64)>,
+    ever: u64,
+}
+
+impl Locks {
+    pub(super) fn add(&mut self, address: u64, bytes: u64, allowed: bool) -> Result<(), Error> {
+        if !allowed {
+            let reason = "this simulated device page-locks nothing".into();
+            return Err(Error::PageLock { bytes, reason });
+        }
+        self.ranges.insert((address, bytes));
+        self.ever += 1;
+        Ok(())
+    }
+
+    pub(super) fn remove(&mut self, address: u64, bytes: u64) {
+        self.ranges.remove(&(address, bytes));
+    }
+
+    pub(super) fn counts(&self) -> (usize, u64) {
+        (self.ranges.len(), self.ever)
+    }
+}
 
 /// A range that is read for a while.
 #[derive(Debug, Clone, Copy)]

@@ -1,6 +1,7 @@
 //! The change from one plan to another: what stays on the device goes to its new place.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::review::transition;
 use crate::driver::ComputeStream;
@@ -43,18 +44,24 @@ impl Core {
         let unchanged = budget_bytes == self.spec.budget_bytes && !self.order.has_learned();
         let proposal = self.proposal.take().filter(|_| unchanged && same_arena);
         let adopted = proposal.is_some();
-        let plan = match proposal {
-            Some(plan) => plan,
-            None => plan_after(&spec.profile, budget_bytes, same_arena.then_some(&self.plan))?,
+        let (plan, pins) = if let Some(found) = proposal {
+            (found.plan, Some(found.pins))
+        } else {
+            let before = same_arena.then_some(&self.plan);
+            (plan_after(&spec.profile, budget_bytes, before)?, None)
         };
         let arena = Arena::new(address, bytes, plan.arena_bytes)?;
         // Residents that are not enqueued yet will be dropped.
         let arrived = !self.vacant && self.executor.is_idle();
         self.stop().inspect_err(|error| self.poison(error.to_string()))?;
+        let idle_since = adopted.then(Instant::now);
 
         let device = Arc::clone(&self.device);
         let staging = self.executor.take_staging();
-        let host = std::mem::replace(&mut self.host, Host::new(Arc::clone(&device)));
+        let mut host = std::mem::replace(&mut self.host, Host::new(Arc::clone(&device)));
+        if let Some(pins) = pins {
+            host.absorb(pins);
+        }
         let loaded = |block: u32| arrived && self.schedule.loaded()[index(block)];
         let transition = transition(&spec.profile, &self.plan, &plan, same_arena, &loaded);
         let moved = self.move_residents(&transition.moves, &arena, compute);
@@ -65,6 +72,7 @@ impl Core {
                 self.counters.rebuilds += 1;
                 self.counters.adopted += u64::from(adopted);
                 self.replace_by(next);
+                self.idle_since = idle_since;
                 Ok(())
             }
             Err(error) => {

@@ -4,10 +4,13 @@
 use super::super::command::Command;
 use super::super::core::Core;
 use super::super::trace::Record;
-use super::review::Adapt;
+use super::review::{Adapt, Question};
 use crate::driver::EventSlot;
 use crate::plan::Profile;
-use crate::units::{index, narrow, real, whole};
+use crate::units::{count, index, narrow, real, whole};
+
+/// Seconds that a caller takes to make the view of a tensor, until it was measured.
+const VIEW_S: f64 = 10e-6;
 
 impl Core {
     /// The profile for the order learned so far and the times measured so far.
@@ -37,8 +40,8 @@ impl Core {
             self.proposal = None;
             return;
         }
-        if let Some(plan) = self.review.take() {
-            self.proposal = Some(plan);
+        if let Some(found) = self.review.take() {
+            self.proposal = Some(found);
         }
     }
 
@@ -103,8 +106,31 @@ impl Core {
         let Some(pass) = pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
         if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
-            let (profile, budget_bytes) = (self.best_profile(), self.spec.budget_bytes);
-            self.review.start(self.spec.options.adapt, profile, budget_bytes, self.plan.clone());
+            let question = self.question();
+            self.review.start(self.spec.options.adapt, question);
+        }
+    }
+
+    fn question(&self) -> Question {
+        let guess_s = VIEW_S * count(self.spec.profile.tensors.len());
+        Question {
+            profile: self.best_profile(),
+            budget_bytes: self.spec.budget_bytes,
+            plan: self.plan.clone(),
+            passes: self.order.passes(),
+            pause_s: match self.spec.options.adapt {
+                Adapt::Beside => self.tuner.pause_s().unwrap_or(guess_s),
+                Adapt::AtOnce | Adapt::Off => 0.0,
+            },
+            locker: self.host.locker(&self.spec),
+        }
+    }
+
+    /// A block was entered: if it is the first one under a new plan, the device had nothing to do
+    /// until now.
+    pub(in crate::engine) fn note_pause(&mut self) {
+        if let Some(since) = self.idle_since.take() {
+            self.tuner.paused(since.elapsed().as_secs_f64());
         }
     }
 

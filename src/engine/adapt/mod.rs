@@ -6,6 +6,6 @@ mod review;
 mod tuner;
 
 pub use review::Adapt;
-pub(in crate::engine) use review::Review;
+pub(in crate::engine) use review::{Proposal, Review};
 pub(in crate::engine) use tuner::Assembly;
 pub use tuner::{PassTimes, Reason, Tuner};

@@ -6,12 +6,13 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 
+use crate::engine::copying::Locker;
 use crate::plan::{Plan, Profile, period_s, plan_after};
-use crate::pool::{Move, copies, in_order};
+use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
-/// Passes over which a change has to pay. How many are left is not known: of a picture of 20 to 30
-/// steps so many are, when a plan is found.
+/// Passes over which a change has to pay at least: of a picture of 20 to 30 steps so many are left
+/// when a plan is found. How many there will be is not known; as many as there were is the guess.
 const PASSES: f64 = 16.0;
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.01;
@@ -28,10 +29,40 @@ pub enum Adapt {
     AtOnce,
 }
 
+/// What a better plan is looked for to.
+#[derive(Debug)]
+pub(in crate::engine) struct Question {
+    /// With times.
+    pub(in crate::engine) profile: Profile,
+    pub(in crate::engine) budget_bytes: u64,
+    /// The plan in force.
+    pub(in crate::engine) plan: Plan,
+    /// Passes that ran so far.
+    pub(in crate::engine) passes: u64,
+    /// Seconds for which the device has nothing to do while a plan is taken up.
+    pub(in crate::engine) pause_s: f64,
+    /// Page-locks what the plan streams and the one in force does not, beside the model that runs.
+    pub(in crate::engine) locker: Locker,
+}
+
+/// A better plan, and the page-locks that it needs besides those that there are.
+#[derive(Debug)]
+pub(in crate::engine) struct Proposal {
+    pub(in crate::engine) plan: Plan,
+    pub(in crate::engine) pins: Pins,
+}
+
+impl Proposal {
+    /// Bytes that it has page-locked.
+    pub(in crate::engine) fn pinned(&self) -> u64 {
+        self.pins.bytes()
+    }
+}
+
 /// How a search ended.
 #[derive(Debug)]
 enum Outcome {
-    Better(Box<Plan>),
+    Better(Box<Proposal>),
     Nothing,
 }
 
@@ -40,6 +71,8 @@ enum Outcome {
 pub(in crate::engine) struct Review {
     outcome: Arc<Mutex<Option<Outcome>>>,
     thread: Option<JoinHandle<()>>,
+    /// What comes of the search is not wanted any more.
+    is_void: bool,
 }
 
 impl Review {
@@ -48,18 +81,17 @@ impl Review {
         self.thread.is_some() || self.outcome.lock().is_some()
     }
 
-    /// Starts a search. `profile` has times; `plan` is in force.
-    pub(in crate::engine) fn start(
-        &mut self,
-        adapt: Adapt,
-        profile: Profile,
-        budget_bytes: u64,
-        plan: Plan,
-    ) {
+    /// Starts a search.
+    pub(in crate::engine) fn start(&mut self, adapt: Adapt, question: Question) {
         let outcome = Arc::clone(&self.outcome);
+        self.is_void = false;
         let work = move || {
-            // Pure: a panic leaves nothing behind, and the plan in force stays.
-            let found = catch_unwind(AssertUnwindSafe(|| better(&profile, budget_bytes, &plan)));
+            // A panic leaves nothing behind, page-locks neither, and the plan in force stays.
+            let found = catch_unwind(AssertUnwindSafe(move || {
+                let plan = better(&question)?;
+                let pins = question.locker.lock(&plan);
+                Some(Proposal { plan, pins })
+            }));
             let found = found.ok().flatten().map(Box::new);
             *outcome.lock() = Some(found.map_or(Outcome::Nothing, Outcome::Better));
         };
@@ -75,13 +107,19 @@ impl Review {
     }
 
     /// The plan to change to, if a search has ended with one. Does not block.
-    pub(in crate::engine) fn take(&mut self) -> Option<Plan> {
+    pub(in crate::engine) fn take(&mut self) -> Option<Proposal> {
         let outcome = self.outcome.lock().take()?;
         self.join();
         match outcome {
-            Outcome::Better(plan) => Some(*plan),
-            Outcome::Nothing => None,
+            Outcome::Better(found) if !self.is_void => Some(*found),
+            _ => None,
         }
+    }
+
+    /// What comes of a search that is under way is dropped, with its page-locks. Does not block.
+    pub(in crate::engine) fn discard(&mut self) {
+        self.is_void = true;
+        self.outcome.lock().take_if(|outcome| matches!(outcome, Outcome::Better(_)));
     }
 
     /// Blocks until no search is under way, and forgets its outcome.
@@ -105,11 +143,12 @@ impl Drop for Review {
 }
 
 /// A plan that is worth the change: what it saves in some passes is more than it costs to bring
-/// what newly stays and to fill the ring again.
-fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
+/// what newly stays, to fill the ring again, and to leave the device idle meanwhile.
+fn better(question: &Question) -> Option<Plan> {
+    let Question { profile, plan: before, .. } = question;
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
-    let after = plan_after(profile, budget_bytes, Some(before)).ok()?;
+    let after = plan_after(profile, question.budget_bytes, Some(before)).ok()?;
     let kept = transition(profile, before, &after, true, &|_| true).kept;
     let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);
     let brought: u64 = new.map(|number| align_up(profile.tensors[number].bytes)).sum();
@@ -119,9 +158,10 @@ fn better(profile: &Profile, budget_bytes: u64, before: &Plan) -> Option<Plan> {
         .iter()
         .map(|used| after.program.copies_of(used).iter().map(|copy| copy.bytes).sum::<u64>());
     let fill = most.max().unwrap_or(0);
-    let cost_s = real(brought + fill) / link.bytes_per_s;
+    let cost_s = real(brought + fill) / link.bytes_per_s + question.pause_s;
     let saved_s = now_s - after.period_s?;
-    (saved_s > LEAST_SAVED * now_s && saved_s * PASSES > cost_s).then_some(after)
+    let passes = real(question.passes).max(PASSES);
+    (saved_s > LEAST_SAVED * now_s && saved_s * passes > cost_s).then_some(after)
 }
 
 /// How residents get from one plan's places to another's.
@@ -162,4 +202,52 @@ pub(in crate::engine) fn transition(
     }
     moves.retain(far);
     Transition { kept, moves }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::host::{HostDevice, HostOptions};
+    use crate::engine::Spec;
+    use crate::engine::copying::Host;
+    use crate::plan::{Link, Tensor, Times, plan};
+
+    /// Blocks of which a few take much longer than the plan in force was made for.
+    fn question(pause_s: f64, passes: u64) -> Question {
+        let tensors = (0..96).map(|number| Tensor { block: number / 4, bytes: 1 << 20 }).collect();
+        let profile = Profile { tensors, order: (0..24).collect(), ..Profile::default() };
+        let before = plan(&profile, 40 << 20).expect("feasible");
+        let times = Times {
+            compute_s: (0..24).map(|use_| if use_ < 4 { 4e-3 } else { 1e-4 }).collect(),
+            outside_s: 0.0,
+            link: Link { bytes_per_s: 10e9, latency_s: 0.0 },
+        };
+        let device = HostDevice::new(HostOptions::default()).expect("a thread");
+        let spec = Spec { profile: profile.clone(), ..Spec::default() };
+        Question {
+            profile: Profile { times: Some(times), ..profile },
+            budget_bytes: 40 << 20,
+            plan: before,
+            passes,
+            pause_s,
+            locker: Host::new(Arc::new(device)).locker(&spec),
+        }
+    }
+
+    #[test]
+    fn a_change_has_to_pay_for_the_pause_in_as_many_passes_as_there_were() {
+        let free = question(0.0, 0);
+        let after = better(&free).expect("a better one");
+        let now_s = period_s(&free.profile, &free.plan).expect("timed");
+        let saved_s = now_s - after.period_s.expect("timed");
+        for (pause_s, passes, pays) in [
+            (0.5 * PASSES * saved_s, 0, true),
+            (1.1 * PASSES * saved_s, 0, false),
+            (1.1 * PASSES * saved_s, 100, true),
+            (101.0 * saved_s, 100, false),
+        ] {
+            let found = better(&question(pause_s, passes));
+            assert_eq!(found.is_some(), pays, "{pause_s} s after {passes} passes");
+        }
+    }
 }

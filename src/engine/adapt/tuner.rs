@@ -72,6 +72,7 @@ pub struct Tuner {
     /// What passes take, from one to the next.
     span_s: Option<f64>,
     unrest: u8,
+    pause_s: Option<f64>,
 }
 
 impl Tuner {
@@ -92,6 +93,16 @@ impl Tuner {
             self.unrest.saturating_sub(1)
         };
         other && self.unrest <= CALM
+    }
+
+    /// A plan was taken up, and the device had nothing to do for so many seconds.
+    pub fn paused(&mut self, seconds: f64) {
+        self.pause_s = Some(seconds);
+    }
+
+    /// What the last change of plan took, as [`Tuner::paused`] was told.
+    pub fn pause_s(&self) -> Option<f64> {
+        self.pause_s
     }
 
     /// A pass ran; `predicted_s` is the plan's period. Says whether to look for a plan.
@@ -150,7 +161,8 @@ impl Tuner {
 
     /// Another order: what was learned of uses is void, the link is as it was.
     pub fn forget_uses(&mut self) {
-        *self = Self { bytes_per_s: self.bytes_per_s, ..Self::new() };
+        let Self { bytes_per_s, pause_s, .. } = *self;
+        *self = Self { bytes_per_s, pause_s, ..Self::new() };
     }
 }
 

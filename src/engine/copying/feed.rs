@@ -25,9 +25,9 @@ const MOST_CHUNKS: u64 = 64;
 /// Page-locks, copies in RAM, and what the reading threads have learned.
 #[derive(Debug)]
 pub(in crate::engine) struct Host {
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     // Dropped before the copies, some of which it locks.
-    pins: Pins,
+    pub(super) pins: Pins,
     pub(in crate::engine) cache: Arc<RwLock<Cache>>,
     pub(in crate::engine) choice: SharedChoice,
     /// Whether it was prepared for a plan before.
@@ -105,7 +105,7 @@ impl Host {
             self.choice.lock().warm(read_bytes);
         }
         self.is_prepared = true;
-        let budget_bytes = spec.pinned_bytes.min(self.most.0);
+        let budget_bytes = self.lockable(spec);
         let pages: Vec<u64> = spans.iter().map(|&span| pages(span)).collect();
         let chosen = spread(&pages, budget_bytes);
         let (first, rest): (Vec<_>, Vec<_>) =
@@ -113,6 +113,11 @@ impl Host {
         // The rest for what may be refused, or shares its pages.
         let spans: Vec<Span> = first.into_iter().chain(rest).map(|(span, _)| span).collect();
         self.pins.lock(&spans, budget_bytes, page_bytes());
+    }
+
+    /// How many bytes may be page-locked in place.
+    pub(super) fn lockable(&self, spec: &Spec) -> u64 {
+        spec.pinned_bytes.min(self.most.0)
     }
 
     /// For each tensor the size of its copy in RAM, if it is to have one.
