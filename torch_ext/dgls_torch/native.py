@@ -17,7 +17,8 @@ from dgls_torch.guard import Guard
 from dgls_torch.host_budget import HostBudget, budget_of
 from dgls_torch.interrupts import uninterrupted
 from dgls_torch.report import BlockPlan, HostUse, Plan, Report, Use
-from dgls_torch.weights import inner_tensors, part_names
+from dgls_torch.views import Views
+from dgls_torch.weights import part_names
 
 if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
@@ -109,6 +110,7 @@ class Engine:
         self._removers: list[Any] = []
         self._hooked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._made: list[list[torch.Tensor]] = []
+        self._views = Views(layout.weights)
         try:
             if layout.source is not None:
                 layout.source.check_unchanged()  # the engine has them open now: no other can come
@@ -205,32 +207,13 @@ class Engine:
 
     def _bind_views(self) -> None:
         """Makes the tensors that the hooks bind, so that the hot path makes none."""
-        uses = self._uses()
-        places: list[list[list[Any] | None]] = [[None] * len(uses) for _ in self._layout.names]
-        for made in self._made:
-            made.clear()
-        for position, (block, offsets) in enumerate(uses):
-            places[block][position] = self._views(block, offsets)
+        places, stand_ins = self._views.make(self._arena, self._uses())
+        for made, new in zip(self._made, stand_ins, strict=True):
+            made[:] = new
         for capsule, views in zip(self._capsules, places, strict=True):
             made = [view for at in views if at is not None for view in at]
             self._hand_over([view for view in made if type(view) is torch.Tensor])
             _C.set_views(capsule, views)
-
-    def _views(self, block: int, offsets: list[int]) -> list[torch.Tensor]:
-        """The tensors of a block at one position, one for each target."""
-        weights = self._layout.weights[block]
-        parts = [part for weight in weights for part in weight.parts]
-        # Offsets come in the native order: those in memory first.
-        ordered = [p for p in parts if p.file is None] + [p for p in parts if p.file is not None]
-        offset_of = {id(p): o for p, o in zip(ordered, offsets, strict=True)}
-        views: list[torch.Tensor] = []
-        for weight in weights:
-            with torch.inference_mode(weight.param.is_inference()), torch.no_grad():
-                made = weight.bound([p.view(self._arena, offset_of[id(p)]) for p in weight.parts])
-            views += [made] * len(weight.targets())
-            if weight.is_entry:
-                self._made[block] += [made, *inner_tensors(made)]
-        return views
 
     def rebuild(self) -> None:
         """Takes up what was learned, within the same memory: another order, or a better plan.

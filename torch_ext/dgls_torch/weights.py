@@ -30,10 +30,9 @@ class Part:
     tensor: torch.Tensor | None
     file: tuple[int, int] | None = None
 
-    def view(self, arena: torch.Tensor, offset: int) -> torch.Tensor:
-        """The tensor as it lies in the arena from ``offset`` on."""
-        flat = arena[offset : offset + self.bytes].view(self.dtype)
-        return flat.as_strided(self.shape, self.stride)
+    def view(self, typed: torch.Tensor, offset: int) -> torch.Tensor:
+        """The tensor as it lies from byte ``offset`` on in memory, which is given in its type."""
+        return typed.as_strided(self.shape, self.stride, offset // self.dtype.itemsize)
 
 
 @dataclass
@@ -69,6 +68,11 @@ class Weight:
                 (owner, key, self.param, watched, is_filed, False) for owner, key in self.owners
             ]
         return [(self.param, None, self.master, watched, is_filed, self.is_plain)]
+
+    @property
+    def target_count(self) -> int:
+        """How many targets it has."""
+        return len(self.owners) if self.is_entry else 1
 
     @property
     def is_plain(self) -> bool:
