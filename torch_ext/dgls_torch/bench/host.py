@@ -31,9 +31,9 @@ from dgls_torch.cgroup import read_text
 from dgls_torch.units import GIB, MIB, format_bytes, format_rate, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from dgls_torch.report import Report
+    from dgls_torch.report import Report, Use
 
 _BLOCK_BYTES = 64 * MIB
 _TENSORS = 4
@@ -97,7 +97,7 @@ def staged(device_name: str | None, blocks: int, passes: int) -> float:
     for way in ("pinned", "staged"):
         report = last[way]
         print(
-            f"  {way}: link busy {100 * busy_share(report):.1f} % of a pass, "
+            f"  {way}: link busy {100 * busy_share(report.timeline):.1f} % of a pass, "
             f"{format_bytes(report.pinned_bytes)} page-locked, {report.host.threads} threads read"
         )
     return ratio
@@ -119,17 +119,24 @@ def _seconds(model: nn.Module, x: torch.Tensor, device: torch.device, passes: in
     return (time.perf_counter() - begun) / passes
 
 
-def busy_share(report: Report) -> float:
-    """The share of the timed passes in which a copy was under way; 1 is a link that never rests."""
-    uses = [use for use in report.timeline if use.pass_number > 0]
-    spans = sorted((u.copy_start_s, u.copy_end_s) for u in uses if u.stretch_bytes)
-    if not spans:
-        return 0.0
-    busy, end = 0.0, spans[0][0]
-    for start, stop in spans:
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return busy / (end - spans[0][0])
+def busy_share(timeline: Sequence[Use]) -> float:
+    """The share of the timed passes in which a copy was under way; 1 is a link that never rests.
+
+    From the first copy of a pass to its last: not all passes are timed, and those between are not
+    known.
+    """
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for use in timeline:
+        if use.pass_number > 0 and use.stretch_bytes:
+            spans.setdefault(use.pass_number, []).append((use.copy_start_s, use.copy_end_s))
+    busy = whole = 0.0
+    for of_pass in spans.values():
+        begin = end = min(of_pass)[0]
+        for start, stop in sorted(of_pass):
+            busy += max(0.0, stop - max(start, end))
+            end = max(end, stop)
+        whole += end - begin
+    return busy / whole if whole else 0.0
 
 
 def make_file(path: Path, size: int) -> None:
