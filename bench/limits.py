@@ -27,6 +27,8 @@ SHARE = 0.25
 _STEP = 128
 _MOST_TOKENS = 65536
 _PROBES = (1024, 4096, 12288)
+_LEFT = 0.8
+"""The most that other copies may leave of the link."""
 
 
 def tokens_for(seconds: float, probes: list[tuple[int, float]], least: int) -> int:
@@ -52,6 +54,19 @@ def _parabola(points: list[tuple[int, float]]) -> tuple[float, float, float]:
     return u - b * t - c * t * t, b, c
 
 
+def check_eaters(eaters: int, alone: float, loaded: float) -> None:
+    """Refuses other copies that take nothing of the link: they would represent no slower one.
+
+    Raises:
+        ValueError: With both rates.
+    """
+    if eaters and loaded > _LEFT * alone:
+        raise ValueError(
+            f"{eaters} other copies should leave less than {_LEFT:.0%} of the link, found "
+            f"{loaded / 1e9:.1f} of {alone / 1e9:.1f} GB/s"
+        )
+
+
 class Limits(Worker):
     """Measures what limits a bed."""
 
@@ -59,8 +74,14 @@ class Limits(Worker):
         """Writes the link's rate, then a line for each point."""
         job = self.job
         self.write({"kind": "machine", "machine": describe(job.device.type)})
+        alone = measure.link_rate(job.device, job.link_bytes_per_s)
         with eating(job.device, job.bed.eaters):
             loaded = measure.link_rate(job.device, job.link_bytes_per_s)
+        try:
+            check_eaters(job.bed.eaters, alone, loaded)
+        except ValueError as error:
+            self.write({"status": "failed", "reason": str(error)})
+            return
         attached, stack, _ = self.attach(0)
         total = weight_bytes(stack)
         row = {

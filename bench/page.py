@@ -144,11 +144,18 @@ def _skipped(results: Results) -> list[str]:
     return [f"No time was left for these cells: {', '.join(texts)}."] if texts else []
 
 
-def _plans_left(loaded: list[Results]) -> list[str]:
-    commands = [entry["command"] for results in loaded for entry in results.value["commands"]]
-    words = {word for command in commands for word in command.split()}
-    left = [name for name in PLANS if name not in words and name not in ("ci", "host")]
-    return ["## Not run", "", f"Plans that have not run: {', '.join(left)}."] if left else []
+def _left(loaded: list[Results]) -> list[str]:
+    """The models of each plan that no run has measured."""
+    measured = {
+        key for results in loaded for key, bed in results.value["beds"].items() if bed["points"]
+    }
+    lines = []
+    for name, stages in PLANS.items():
+        beds = {stage.bed.key: stage.bed.title() for stage in stages}
+        left = [title for key, title in beds.items() if key not in measured]
+        if left and name not in ("ci", "host"):
+            lines.append(f"- of `{name}`: {', '.join(left)}")
+    return ["## Not run", "", *lines] if lines else []
 
 
 def curve(results: Results, engine: str) -> list[tuple[float, float]]:
@@ -216,7 +223,7 @@ def text(loaded: list[Results], chart: str) -> str:
         lines += _markdown(account_rows(results))
         lines += ["", "### Memory and host", "", *_memory(results)]
         lines += ["", "### What failed", "", *_reasons(results), "", *_skipped(results), ""]
-    lines += _plans_left(loaded)
+    lines += _left(loaded)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -13,7 +13,7 @@ bench_path.put_on_path()
 
 from bench.cells import Bed, Limit, Point, even_residents  # noqa: E402
 from bench.engines.original import residents  # noqa: E402
-from bench.limits import tokens_for  # noqa: E402
+from bench.limits import check_eaters, tokens_for  # noqa: E402
 from bench.optimum import optimum_s  # noqa: E402
 from bench.stacks import CastLinear, Workload, weight_bytes  # noqa: E402
 
@@ -138,3 +138,10 @@ def test_the_optimum_of_equal_blocks_is_the_closed_form() -> None:
         found = optimum_s(stack, budget, total / 4.0, [1.0] * count, compute_s)
         assert found == pytest.approx(equal.optimum_s, rel=1e-6)
     assert optimum_s(stack, total, total / 4.0, [1.0] * count, 2.0) == 2.0
+
+
+def test_other_copies_that_take_nothing_are_refused() -> None:
+    check_eaters(0, 55e9, 55e9)
+    check_eaters(1, 55e9, 30e9)
+    with pytest.raises(ValueError, match=r"less than 80% of the link, found 54.6 of 55.0 GB/s"):
+        check_eaters(1, 55e9, 54.6e9)
