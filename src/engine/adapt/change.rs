@@ -127,3 +127,54 @@ impl Core {
         *self = next;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::Source;
+    use crate::driver::sim::{SimDevice, SimOptions};
+    use crate::engine::adapt::Proposal;
+    use crate::plan::{Profile, Tensor, plan};
+    use crate::pool::Pins;
+
+    const ARENA: u64 = 1 << 50;
+    const BUDGET: u64 = 3 << 20;
+
+    fn core() -> Core {
+        let tensors = (0..8).map(|block| Tensor { block, bytes: 1 << 20 }).collect();
+        let spec = Spec {
+            profile: Profile { tensors, order: (0..8).collect(), ..Profile::default() },
+            sources: (1..9).map(|at| Source::Memory { address: at << 30 }).collect(),
+            budget_bytes: BUDGET,
+            ..Spec::default()
+        };
+        let sim = SimDevice::new(SimOptions { arena: (ARENA, BUDGET), ..SimOptions::default() });
+        let plan = plan(&spec.profile, BUDGET).expect("feasible");
+        let arena = Arena::new(ARENA, BUDGET, plan.arena_bytes).expect("large enough");
+        Core::new(Arc::new(sim), spec, plan, arena, Before::default()).expect("no faults")
+    }
+
+    #[test]
+    fn the_pause_of_a_plan_that_is_taken_up_ends_with_the_first_block() {
+        let (mut core, compute) = (core(), ComputeStream(7));
+        core.enter(0, compute).expect("no faults");
+        core.exit(compute).expect("no faults");
+        assert_eq!(core.tuner.pause_s(), None);
+        core.rebuild(BUDGET, (ARENA, BUDGET), compute).expect("feasible");
+        core.enter(0, compute).expect("no faults");
+        core.exit(compute).expect("no faults");
+        assert_eq!(core.tuner.pause_s(), None, "that was someone's order");
+
+        let pins = Pins::none(Arc::clone(&core.device));
+        core.proposal = Some(Proposal { plan: core.plan.clone(), pins });
+        core.rebuild(BUDGET, (ARENA, BUDGET), compute).expect("feasible");
+        assert_eq!(core.counters.adopted, 1);
+        let since = core.idle_since.expect("the device waits");
+        core.enter(0, compute).expect("no faults");
+        let pause_s = core.tuner.pause_s().expect("measured");
+        assert!(0.0 < pause_s && pause_s <= since.elapsed().as_secs_f64());
+        core.exit(compute).expect("no faults");
+        core.enter(1, compute).expect("no faults");
+        assert_eq!(core.tuner.pause_s(), Some(pause_s), "once");
+    }
+}

@@ -27,6 +27,8 @@ const PATIENCE: u64 = 4;
 const LONG_COPY_BYTES: u64 = 4 << 20;
 /// Seconds that a copy takes besides its bytes: two calls of the driver and a gap on the engine.
 const LATENCY_S: f64 = 5e-6;
+/// The longest pause that a change of plan is charged with.
+const MOST_PAUSE_S: f64 = 0.2;
 /// What a pass of another length adds to the unrest, of which each other pass takes 1 away; and the
 /// most of it with which such a pass is news.
 const UNREST: u8 = 2;
@@ -95,9 +97,10 @@ impl Tuner {
         other && self.unrest <= CALM
     }
 
-    /// A plan was taken up, and the device had nothing to do for so many seconds.
+    /// A plan was taken up, and the device had nothing to do for so many seconds. What is much more
+    /// than that takes is a pause of the caller's.
     pub fn paused(&mut self, seconds: f64) {
-        self.pause_s = Some(seconds);
+        self.pause_s = Some(seconds.min(MOST_PAUSE_S));
     }
 
     /// What the last change of plan took, as [`Tuner::paused`] was told.
@@ -317,6 +320,18 @@ mod tests {
         assert_eq!(news(&[1.0, 1.2].repeat(20)), 0);
         assert_eq!(news(&[1.0; 12]), 0);
         assert_eq!(news(&[1.5, 1.5, 1.5]), 1, "after a while of rest");
+    }
+
+    #[test]
+    fn the_last_pause_is_known_and_a_callers_is_cut() {
+        let mut tuner = Tuner::new();
+        assert_eq!(tuner.pause_s(), None);
+        tuner.paused(0.03);
+        assert_eq!(tuner.pause_s(), Some(0.03));
+        tuner.forget_uses();
+        assert_eq!(tuner.pause_s(), Some(0.03));
+        tuner.paused(3600.0);
+        assert_eq!(tuner.pause_s(), Some(MOST_PAUSE_S));
     }
 
     #[test]
