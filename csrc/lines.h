@@ -25,8 +25,6 @@ class Lines {
   // Asks for all of them; blocks for none.
   void fetch() const;
 
-  void clear() { ranges_.clear(); }
-
  private:
   void add(uintptr_t address, size_t bytes);
 
