@@ -12,7 +12,7 @@ use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
 /// Passes over which a change has to pay at least: of a picture of 20 to 30 steps so many are left
-/// when a plan is found. How many there will be is not known; as many as there were is the guess.
+/// when a plan is found. How long it will last is not known; the guess is as long as the last one.
 const PASSES: f64 = 16.0;
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.01;
@@ -37,7 +37,7 @@ pub(in crate::engine) struct Question {
     pub(in crate::engine) budget_bytes: u64,
     /// The plan in force.
     pub(in crate::engine) plan: Plan,
-    /// Passes that ran so far.
+    /// Passes that it ran so far.
     pub(in crate::engine) passes: u64,
     /// Seconds for which the device has nothing to do while a plan is taken up.
     pub(in crate::engine) pause_s: f64,
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_has_to_pay_for_the_pause_in_as_many_passes_as_there_were() {
+    fn a_change_has_to_pay_in_as_many_passes_as_the_last_plan_lasted() {
         let free = question(0.0, 0);
         let after = better(&free).expect("a better one");
         let now_s = period_s(&free.profile, &free.plan).expect("timed");
