@@ -258,7 +258,10 @@ class Round:
                     stream.replan(self.chance.choice(self.sizes))
         except KeyboardInterrupt:
             pass
-        timer.join()
+        finally:
+            with contextlib.suppress(KeyboardInterrupt):  # none comes later, whatever ended this
+                timer.cancel()
+                timer.join()
 
     def file_changes(self, _: dgls_torch.Stream) -> None:
         if "source" not in self.options:
