@@ -187,9 +187,7 @@ impl Engine {
                 let _ = core.give_back(self.lacking.swap(0, Ordering::Relaxed));
             }
             let entered = core.enter(block, compute);
-            if core.wants_rebuild() {
-                self.wants_rebuild.store(true, Ordering::Release);
-            }
+            self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
             entered
         })
     }

@@ -322,6 +322,7 @@ fn page_locks_of_a_plan_that_is_not_taken_up_go() {
     assert!(held > streamed, "the plan that was found needs others too");
     run.engine.give_back(1);
     run.engine.enter(0, COMPUTE).expect("no faults");
+    assert!(!run.engine.wants_rebuild(), "it is not taken up any more");
     assert_eq!(run.sim.page_locks(), (streamed - 1, ever), "those, and one of the plan in force");
 
     let run = proposed();
