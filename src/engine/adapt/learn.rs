@@ -106,19 +106,18 @@ impl Core {
         let Some(pass) = pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
         if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
-            let uses = self.spec.profile.order.len().max(1) as u64;
-            let question = self.question(record.number / uses);
+            let question = self.question();
             self.review.start(self.spec.options.adapt, question);
         }
     }
 
-    fn question(&self, passes: u64) -> Question {
+    fn question(&self) -> Question {
         let guess_s = VIEW_S * count(self.spec.profile.tensors.len());
         Question {
             profile: self.best_profile(),
             budget_bytes: self.spec.budget_bytes,
             plan: self.plan.clone(),
-            passes,
+            passes: self.assembly.passes(),
             pause_s: match self.spec.options.adapt {
                 Adapt::Beside => self.tuner.pause_s().unwrap_or(guess_s),
                 Adapt::AtOnce | Adapt::Off => 0.0,

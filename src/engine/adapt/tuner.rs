@@ -211,6 +211,11 @@ impl Assembly {
         (span_s, found)
     }
 
+    /// Passes that have ended.
+    pub(in crate::engine) fn passes(&self) -> u64 {
+        self.first
+    }
+
     fn advance(&mut self) {
         self.first += 1;
         self.passes.swap(0, 1);
