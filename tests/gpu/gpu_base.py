@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +61,24 @@ def reference(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def case(width: int, blocks: int, tokens: int = 64) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A model, an input, and the output of the fully resident model."""
+    model = make(width, blocks)
+    x = torch.randn(1, tokens, width, dtype=torch.bfloat16, device=DEVICE)
+    return model, x, reference(model, x)
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Has these variables set while open."""
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+
+
 def budgets(model: nn.Module) -> Iterator[int]:
     """From the smallest that works to all that fits."""
     with dgls_torch.stream(model, vram="64GiB") as s:
@@ -69,9 +89,7 @@ def budgets(model: nn.Module) -> Iterator[int]:
 
 def compare(**fields: object) -> str:
     """Runs a model under several budgets, several passes each; every output must be identical."""
-    model = make(1024, 12)
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
+    model, x, expected = case(1024, 12)
     pointers = [p.data_ptr() for p in model.parameters()]
     passes = 0
     for vram in budgets(model):

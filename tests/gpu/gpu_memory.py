@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from gpu_base import DEVICE, MIB, budgets, check, make, reference
+from gpu_base import DEVICE, MIB, budgets, case, check, environment, make, reference
 from torch import nn
 
 import dgls_torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def saved(model: nn.Module) -> Iterator[Path]:
+    """A safetensors file of a model's weights, for as long as it is open."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_file(dict(model.state_dict()), str(path))
+        yield path
+
 
 @check("6. page-lock in place: torch tensors, and a mapped safetensors file")
 def page_lock() -> str:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    model = make(1024, 8)
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.safetensors")
-        save_file(dict(model.state_dict()), path)
+    model, x, expected = case(1024, 8)
+    with saved(model) as path:
         mapped = make(1024, 8)
-        mapped.load_state_dict(load_file(path), assign=True)
+        mapped.load_state_dict(load_file(str(path)), assign=True)
         mapped.requires_grad_(False)
         texts = []
         for kind, streamed in (("tensors", model), ("mapped file", mapped)):
@@ -48,14 +60,8 @@ def page_lock() -> str:
 
 @check("6. source=file: read in chunks, model on meta")
 def file_source() -> str:
-    from safetensors.torch import save_file
-
-    model = make(1024, 8)
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.safetensors")
-        save_file(dict(model.state_dict()), path)
+    model, x, expected = case(1024, 8)
+    with saved(model) as path:
         meta = make(1024, 8).to("meta")
         with (
             dgls_torch.stream(meta, vram=list(budgets(model))[1], source=path, poison=True),
@@ -69,17 +75,13 @@ def file_source() -> str:
 
 @check("6. tiers: of a file page-locked, in RAM and read in every pass; memory is given back")
 def tiers() -> str:
-    from safetensors.torch import save_file
-
-    model = make(2048, 12)
-    x = torch.randn(1, 64, 2048, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
+    model, x, expected = case(2048, 12)
     vram = next(budgets(model))
-    os.environ["DGLS_TEST_GUARD_S"] = "0.01"
     texts = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_file(dict(model.state_dict()), str(path))
+    with (
+        saved(model) as path,
+        environment(DGLS_TEST_GUARD_S="0.01", DGLS_TEST_AVAILABLE=""),
+    ):
         for ram in ("48MiB", "256MiB", "auto"):
             os.environ["DGLS_TEST_AVAILABLE"] = str(2**40)
             meta = make(2048, 12).to("meta")
@@ -94,7 +96,6 @@ def tiers() -> str:
                 raise AssertionError(f"ram={ram}: differs")
             cached, read = host.cached_bytes / MIB, host.file_bytes / MIB
             texts.append(f"ram={ram}: {cached:.0f} MiB in RAM, {read:.0f} read in a pass")
-    del os.environ["DGLS_TEST_GUARD_S"], os.environ["DGLS_TEST_AVAILABLE"]
     return "; ".join(texts)
 
 
@@ -125,9 +126,7 @@ def is_told(model: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @check("6. verify=True: right bytes pass; planted ones are told and fetched again")
 def verify() -> str:
-    model = make(1024, 8)
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
+    model, x, expected = case(1024, 8)
     vram = list(budgets(model))[1]
     for pinned in (0, "4GiB"):
         with (
@@ -138,12 +137,12 @@ def verify() -> str:
             report = s.report()
         if not all(same) or report.mismatches or not report.verified_bytes:
             raise AssertionError(f"pinned={pinned}: {same}, {report}")
-    os.environ["DGLS_TEST_FAULTS"] = "8"
-    try:
-        with dgls_torch.stream(model, vram, verify=True) as s, torch.inference_mode():
-            told = sum(is_told(model, x, expected) for _ in range(40))
-    finally:
-        del os.environ["DGLS_TEST_FAULTS"]
+    with (
+        environment(DGLS_TEST_FAULTS="8"),
+        dgls_torch.stream(model, vram, verify=True),
+        torch.inference_mode(),
+    ):
+        told = sum(is_told(model, x, expected) for _ in range(40))
     if told == 0:
         raise AssertionError("no planted byte was found")
     return f"{report.verified_bytes / MIB:.0f} MiB compared; {told} planted bytes told"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from gpu_base import DEVICE, budgets, check, compare, make, reference
+from gpu_base import DEVICE, budgets, case, check, compare, environment, make
 
 import dgls_torch
 
@@ -40,9 +40,7 @@ def stream_symbol() -> str:
 
 @check("2. side streams, changed in every pass")
 def side_streams() -> str:
-    model = make(1024, 10)
-    x = torch.randn(1, 64, 1024, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
+    model, x, expected = case(1024, 10)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(3)]
     with dgls_torch.stream(model, vram=list(budgets(model))[1], poison=True):
@@ -81,19 +79,14 @@ def primary_context() -> str:
 
 def wrong_with(faults: int) -> str:
     """With a wait taken out, poison on and little to compute, some output must be wrong."""
-    model = make(2048, 12)
-    x = torch.randn(1, 512, 2048, dtype=torch.bfloat16, device=DEVICE)
-    expected = reference(model, x)
-    os.environ["DGLS_TEST_FAULTS"] = str(faults)
-    try:
-        with (
-            dgls_torch.stream(model, vram=next(budgets(model)), pinned="4GiB", poison=True),
-            torch.inference_mode(),
-        ):
-            wrong = sum(not torch.equal(model(x), expected) for _ in range(12))
-            torch.cuda.synchronize()
-    finally:
-        del os.environ["DGLS_TEST_FAULTS"]
+    model, x, expected = case(2048, 12, 512)
+    with (
+        environment(DGLS_TEST_FAULTS=str(faults)),
+        dgls_torch.stream(model, vram=next(budgets(model)), pinned="4GiB", poison=True),
+        torch.inference_mode(),
+    ):
+        wrong = sum(not torch.equal(model(x), expected) for _ in range(12))
+        torch.cuda.synchronize()
     if wrong == 0:
         raise AssertionError("no output was wrong: the checks above prove nothing")
     return f"{wrong} of 12 passes wrong, as they should be"
