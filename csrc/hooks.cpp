@@ -234,8 +234,7 @@ PyObject* set_views(PyObject*, PyObject* args) {
     for (Py_ssize_t j = 0; j < size; ++j) views.back().push_back(Ref(PyList_GetItem(list, j)));
   }
   block->view_lines.assign(views.size(), Lines());
-  for (size_t i = 0; i < views.size(); ++i) {
-    if (!block->learns_lines) break;
+  for (size_t i = 0; block->learns_lines && i < views.size(); ++i) {
     for (const Ref& view : views[i]) block->view_lines[i].add(view.get());
   }
   block->views.swap(views);
