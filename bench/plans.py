@@ -67,12 +67,12 @@ PLANS: dict[str, Sequence[Stage]] = {
     # The other models and fp8, beside the peers that matter most. Where blocks are smaller than
     # these the host's launches decide, on a fast GPU, and not the device.
     "wide": tuple(
-        Stage(_bed(shape, dtype, scale), (0.25, 0.5), (4.0, 1.0, 0.25), FAST, (0.15, 0.75), _SHORT)
+        Stage(_bed(shape, dtype, scale), (0.25, 0.5), (4.0, 1.0, 0.5), FAST, (0.15, 0.75), _SHORT)
         for shape, dtype, scale in (
-            ("flux", "fp8", 1.0),
             ("wan", "bf16", 0.5),
             ("qwen", "bf16", 0.5),
             ("hunyuan", "bf16", 0.5),
+            ("flux", "fp8", 1.0),
             ("wan", "fp8", 0.75),
             ("qwen", "fp8", 0.75),
             ("hunyuan", "fp8", 0.75),

@@ -225,6 +225,9 @@ impl Core {
         if self.order.passes() > passes {
             self.pass_ended();
         }
+        if entered.number.is_some_and(|number| self.schedule.polls(number)) {
+            self.poll_times();
+        }
         self.counters.uses += 1;
         self.counters.on_demand += u64::from(entered.on_demand);
         self.counters.mispredicted += u64::from(entered.skipped > 0 || entered.number.is_none());

@@ -19,10 +19,10 @@
 //! mark and no wait. Only who overwrites residents, or ends the engine, has to mark its end first.
 
 mod ahead;
+mod sampling;
 
 use std::sync::Arc;
 
-use super::adapt::Adapt;
 use super::command::{Command, Options};
 use crate::driver::EventSlot;
 use crate::error::{Error, Result};
@@ -144,34 +144,6 @@ impl Schedule {
         let second = (number / self.cycle()) % 2 == 1;
         let first = if second { narrow(self.program.uses.len()) } else { 0 };
         EventSlot(first + self.position(number))
-    }
-
-    /// Whether the marks of use `number` carry times: those of sampled passes, and where plans are
-    /// looked for, the first one of each pass, which says whether anything changed.
-    fn timed(&self, number: u64) -> bool {
-        let adapts = self.options.adapt != Adapt::Off;
-        self.is_sampled(number) || (adapts && number % self.uses_of_pass() == 0)
-    }
-
-    fn uses_of_pass(&self) -> u64 {
-        (self.cycle() / u64::from(self.program.passes.max(1))).max(1)
-    }
-
-    /// Whether all uses of the pass of use `number` are timed. Reading the times of a use costs as
-    /// much as four launches of a kernel. Where nothing is streamed there is little to learn.
-    pub fn is_sampled(&self, number: u64) -> bool {
-        let pass = number / self.uses_of_pass();
-        let wanted = self.options.timing || self.options.adapt != Adapt::Off;
-        let again = pass % 8 < 2 || self.sampled.contains(&pass);
-        wanted && (pass < 4 || (again && !self.program.copies.is_empty()))
-    }
-
-    /// Something changed: the next passes are timed.
-    pub fn sample(&mut self) {
-        let pass = self.next / self.uses_of_pass();
-        if !self.sampled.contains(&pass) {
-            self.sampled = pass + 1..pass + 4;
-        }
     }
 
     /// The event slot of `number`: for reading times.

@@ -225,6 +225,37 @@ fn a_run_soon_has_the_plan_of_someone_who_knew() {
     }
 }
 
+/// Passes until another plan is taken up, after the kernels take three times as long. Between
+/// passes the device is busy for any time: with samplers, or with other models.
+fn passes_to_adopt(before: u32) -> u32 {
+    let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
+    let after = Truth { kernel_ns: 9_000_000, ..truth };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
+    let mut random = Random::new(u64::from(before));
+    let mut pass = |run: &mut Run, truth| {
+        run.sim.compute(COMPUTE, &[], random.between(0, 3_000_000_000));
+        run.pass(truth, &mut exactly);
+        run.engine.stats().counters.adopted
+    };
+    let mut known = 0;
+    for _ in 0..before {
+        known = pass(&mut run, truth);
+    }
+    let found = (1..20).find(|_| pass(&mut run, after) > known);
+    run.finish();
+    found.expect("another plan")
+}
+
+#[test]
+fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
+    for before in 8..17 {
+        let passes = passes_to_adopt(before);
+        assert!(passes <= 4, "{passes} passes, after {before} before the change");
+    }
+}
+
 #[test]
 fn adopting_a_plan_brings_only_the_difference() {
     let mut adopted = 0;

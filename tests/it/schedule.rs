@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use dgls_core::driver::EventSlot;
-use dgls_core::engine::{Command, Options, Schedule};
+use dgls_core::engine::{Adapt, Command, Options, Schedule};
 use dgls_core::plan::{Copy, Profile, Program, Tensor, Use, Wait, plan};
 
 fn commands(act: impl FnOnce(&mut Vec<Command>)) -> Vec<Command> {
@@ -230,4 +230,46 @@ fn what_is_timed_or_waited_for_is_marked() {
     );
     assert!(matches!(exit(&mut schedule)[0], Command::Release(_)));
     assert_eq!(enter(&mut schedule, 0), []);
+}
+
+/// Runs a pass of four blocks; which of them were timed, and for which copies were.
+fn timed(schedule: &mut Schedule) -> (Vec<u32>, usize) {
+    let (mut uses, mut copies) = (Vec::new(), 0);
+    for block in 0..4 {
+        let commands = [enter(schedule, block), exit(schedule)].concat();
+        let is_timed = |c: &Command| matches!(c, Command::Acquire { timed: true, .. });
+        uses.extend(commands.iter().any(is_timed).then_some(block));
+        copies += commands.iter().filter(|c| matches!(c, Command::CopyStart(_))).count();
+    }
+    (uses, copies)
+}
+
+#[test]
+fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
+    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
+    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
+    let options = Options { adapt: Adapt::AtOnce, ..Options::default() };
+    let mut schedule = Schedule::new(program, options, &[]);
+    for pass in 0..10 {
+        let expected = if (4..8).contains(&pass) { vec![0, 3] } else { vec![0, 1, 2, 3] };
+        assert_eq!(timed(&mut schedule).0, expected, "pass {pass}");
+    }
+    timed(&mut schedule);
+    assert_eq!(timed(&mut schedule), (vec![0, 3], 2));
+    let number = 4 * 12;
+    schedule.sample();
+    assert!(schedule.stretch(number + 1).is_empty(), "enqueued before, without a mark");
+    assert_eq!(timed(&mut schedule), (vec![0, 1, 2, 3], 4));
+    for expected in [vec![0, 1, 2, 3], vec![0, 1, 2, 3], vec![0, 3]] {
+        assert_eq!(timed(&mut schedule).0, expected);
+    }
+    run(&mut schedule, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]);
+    enter(&mut schedule, 0);
+    schedule.sample();
+    exit(&mut schedule);
+    assert!(matches!(enter(&mut schedule, 1)[..], [Command::Acquire { timed: false, .. }, ..]));
+    exit(&mut schedule);
+    run(&mut schedule, 2..4);
+    assert_eq!(timed(&mut schedule).0, [0, 1, 2, 3], "from the next pass on");
 }

@@ -99,11 +99,13 @@ impl Core {
         if self.spec.options.adapt == Adapt::Off {
             return;
         }
-        let (span_s, pass) = self.assembly.add(record);
-        if span_s.is_some_and(|span_s| self.tuner.is_news(span_s)) {
+        let found = self.assembly.add(record);
+        let begins_anew = found.first_s.is_some_and(|s| self.tuner.begins_with_news(s));
+        let took_another = found.inside_s.is_some_and(|s| self.tuner.is_news(s));
+        if begins_anew || took_another {
             self.schedule.sample();
         }
-        let Some(pass) = pass else { return };
+        let Some(pass) = found.pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
         if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
             let question = self.question();
@@ -131,6 +133,17 @@ impl Core {
     pub(in crate::engine) fn note_pause(&mut self) {
         if let Some(since) = self.idle_since.take() {
             self.tuner.paused(since.elapsed().as_secs_f64());
+        }
+    }
+
+    /// Reads what has passed, oldest first, up to what has not: a change is known before the pass
+    /// ends in which it was seen. Allocates nothing.
+    pub(in crate::engine) fn poll_times(&mut self) {
+        while let Some(number) = self.unread.iter().flatten().copied().min() {
+            self.take_times(number);
+            if self.unread[index(self.schedule.slot_of(number).0)].is_some() {
+                return;
+            }
         }
     }
 

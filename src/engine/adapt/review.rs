@@ -11,9 +11,10 @@ use crate::plan::{Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
-/// Passes over which a change has to pay at least: of a picture of 20 to 30 steps so many are left
-/// when a plan is found. How long it will last is not known; the guess is as long as the last one.
-const PASSES: f64 = 16.0;
+/// Passes over which a change has to pay at least: of a picture of 20 to 30 steps about so many are
+/// left when a plan is found. How long it will last is not known; the guess is as long as the last
+/// one.
+const PASSES: f64 = 20.0;
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.01;
 

@@ -1,10 +1,11 @@
 //! Learns times from what ran, and says when another plan should be looked for. Pure.
 //!
-//! Cycles are timed by sample; of the others only how long a pass took, which tells when a sample
-//! is due.
+//! Cycles are timed by sample; of the others only the first block and the end of the last, which
+//! tell when a sample is due. What lies between two passes is the caller's: it is no news.
 //!
 //! ```text
-//! c_i <- 0.6 c_i + 0.4 measured,  B <- 0.6 B + 0.4 measured     after each timed pass
+//! c_i += a (measured - c_i),  B += a (measured - B)     after each timed pass
+//! a = 1/2, 1/3, ... but at least 0.15: the mean since the last change, then one that forgets
 //! look for a plan after passes 1, 2, 4, 8, ..., when B or the sum of c moved by 3 %, or when the
 //! pass was 4 % off what was predicted
 //! ```
@@ -12,25 +13,22 @@
 //! A change of more than 15 % is no noise: another resolution, another program on the link. It is
 //! taken over at once instead of being smoothed.
 
-use super::super::trace::Record;
 use crate::plan::{Link, Times};
-use crate::units::{count, index, real};
+use crate::units::real;
 
-/// Share of the new measurement.
-const NEW: f64 = 0.4;
+/// Least share of a new measurement.
+const LEAST_NEW: f64 = 0.15;
 const JUMP: f64 = 0.15;
 const MOVED: f64 = 0.03;
 const MISSED: f64 = 0.04;
 /// After a pass that missed its prediction, the next one that may do so.
 const PATIENCE: u64 = 4;
-/// Shorter copies say more about their latency than about the link.
-const LONG_COPY_BYTES: u64 = 4 << 20;
 /// Seconds that a copy takes besides its bytes: two calls of the driver and a gap on the engine.
-const LATENCY_S: f64 = 5e-6;
+pub(super) const LATENCY_S: f64 = 5e-6;
 /// The longest pause that a change of plan is charged with.
 const MOST_PAUSE_S: f64 = 0.2;
-/// What a pass of another length adds to the unrest, of which each other pass takes 1 away; and the
-/// most of it with which such a pass is news.
+/// What another time than before adds to the unrest, of which each like it takes 1 away; and the
+/// most of it with which another time is news.
 const UNREST: u8 = 2;
 const CALM: u8 = 6;
 /// Time outside of the blocks that counts, in passes: more is a pause between two runs.
@@ -67,13 +65,14 @@ pub struct Tuner {
     outside_s: f64,
     bytes_per_s: Option<f64>,
     passes: u64,
+    /// Measurements in the estimates of compute and of the rate: since the last change.
+    samples: (u32, u32),
     due: u64,
     missed_again: u64,
     /// Sum of compute, and rate, when a plan was last looked for.
     reviewed: Option<(f64, f64)>,
-    /// What passes take, from one to the next.
-    span_s: Option<f64>,
-    unrest: u8,
+    inside: Watched,
+    first: Watched,
     pause_s: Option<f64>,
 }
 
@@ -83,18 +82,26 @@ impl Tuner {
         Self { due: 1, ..Self::default() }
     }
 
-    /// A pass took `span_s` seconds, from its beginning to that of the next one. Says whether that
-    /// is another time than before. Where hardly two passes take the same time it is no news: to
-    /// time all of them would cost more than it tells.
-    pub fn is_news(&mut self, span_s: f64) -> bool {
-        let before = self.span_s.replace(span_s);
-        let other = before.is_some_and(|before| moved(before, span_s, MISSED));
-        self.unrest = if other {
-            (self.unrest + UNREST).min(2 * CALM)
-        } else {
-            self.unrest.saturating_sub(1)
-        };
-        other && self.unrest <= CALM
+    /// A pass took `inside_s` seconds from its first block to the end of its last. Says whether
+    /// that is another time than before.
+    pub fn is_news(&mut self, inside_s: f64) -> bool {
+        let is_news = self.inside.is_news(inside_s, MISSED);
+        self.trust_less(is_news)
+    }
+
+    /// The first block of a pass took `first_s` seconds of compute. Says whether that is quite
+    /// another time than before, long before the pass ends.
+    pub fn begins_with_news(&mut self, first_s: f64) -> bool {
+        let is_news = self.first.is_news(first_s, JUMP);
+        self.trust_less(is_news)
+    }
+
+    /// After news, what was measured before counts as one measurement.
+    fn trust_less(&mut self, is_news: bool) -> bool {
+        if is_news {
+            self.samples = (self.samples.0.min(1), self.samples.1.min(1));
+        }
+        is_news
     }
 
     /// A plan was taken up, and the device had nothing to do for so many seconds. What is much more
@@ -115,18 +122,23 @@ impl Tuner {
         if self.compute_s.len() != pass.compute_s.len() || moved(known, measured, JUMP) {
             self.compute_s.clone_from(&pass.compute_s);
             self.outside_s = pass.outside_s;
+            self.samples.0 = 1;
         } else {
-            for (known, &new) in self.compute_s.iter_mut().zip(&pass.compute_s) {
-                *known += NEW * (new - *known);
+            let new = share_of_next(&mut self.samples.0);
+            for (known, &now) in self.compute_s.iter_mut().zip(&pass.compute_s) {
+                *known += new * (now - *known);
             }
-            self.outside_s += NEW * (pass.outside_s - self.outside_s);
+            self.outside_s += new * (pass.outside_s - self.outside_s);
         }
         self.outside_s = self.outside_s.min(MOST_OUTSIDE * measured);
         if let Some((bytes, seconds)) = pass.copied {
             let rate = real(bytes) / seconds;
-            self.bytes_per_s = Some(match self.bytes_per_s {
-                Some(known) if !moved(known, rate, JUMP) => known + NEW * (rate - known),
-                _ => rate,
+            let known = self.bytes_per_s.filter(|&known| !moved(known, rate, JUMP));
+            self.bytes_per_s = Some(if let Some(known) = known {
+                known + share_of_next(&mut self.samples.1) * (rate - known)
+            } else {
+                self.samples.1 = 1;
+                rate
             });
         }
         self.passes += 1;
@@ -164,8 +176,35 @@ impl Tuner {
 
     /// Another order: what was learned of uses is void, the link is as it was.
     pub fn forget_uses(&mut self) {
-        let Self { bytes_per_s, pause_s, .. } = *self;
-        *self = Self { bytes_per_s, pause_s, ..Self::new() };
+        let Self { bytes_per_s, pause_s, samples: (_, rates), .. } = *self;
+        *self = Self { bytes_per_s, pause_s, samples: (0, rates), ..Self::new() };
+    }
+}
+
+/// What one more measurement counts for, beside so many that are in the estimate.
+fn share_of_next(samples: &mut u32) -> f64 {
+    *samples = samples.saturating_add(1);
+    (1.0 / f64::from(*samples)).max(LEAST_NEW)
+}
+
+/// What takes about the same time in each pass, until something changes. Where hardly two are alike
+/// that is no news: to time all passes would cost more than it tells.
+#[derive(Debug, Default)]
+struct Watched {
+    seconds: Option<f64>,
+    unrest: u8,
+}
+
+impl Watched {
+    fn is_news(&mut self, seconds: f64, share: f64) -> bool {
+        let before = self.seconds.replace(seconds);
+        let other = before.is_some_and(|before| moved(before, seconds, share));
+        self.unrest = if other {
+            (self.unrest + UNREST).min(2 * CALM)
+        } else {
+            self.unrest.saturating_sub(1)
+        };
+        other && self.unrest <= CALM
     }
 }
 
@@ -174,91 +213,9 @@ fn moved(from: f64, to: f64, share: f64) -> bool {
     (to - from).abs() > share * from
 }
 
-/// Puts the times of single uses together to passes.
-#[derive(Debug, Default)]
-pub(in crate::engine) struct Assembly {
-    uses: usize,
-    /// Of two passes, the records so far, by place; and the number of the first pass.
-    first: u64,
-    passes: [Vec<Option<Record>>; 2],
-}
-
-impl Assembly {
-    pub(in crate::engine) fn new(uses: usize) -> Self {
-        Self { uses, first: 0, passes: [vec![None; uses], vec![None; uses]] }
-    }
-
-    /// Takes a record; gives the seconds of the pass that it ends, and its times if all of its uses
-    /// came. Records come in order.
-    pub(in crate::engine) fn add(&mut self, record: &Record) -> (Option<f64>, Option<PassTimes>) {
-        if self.uses == 0 || record.number / (self.uses as u64) < self.first {
-            return (None, None);
-        }
-        let pass = record.number / self.uses as u64;
-        while pass > self.first + 1 {
-            self.advance();
-        }
-        let place = index(record.number % self.uses as u64);
-        self.passes[index(pass - self.first)][place] = Some(*record);
-        if pass == self.first || place > 0 {
-            return (None, None);
-        }
-        let next_ns = record.times.wait_ns;
-        let begun = self.passes[0][0].map(|first| first.times.wait_ns);
-        let span_s = begun.map(|begun| real(next_ns.saturating_sub(begun)) * 1e-9);
-        let found = self.complete(next_ns);
-        self.advance();
-        (span_s, found)
-    }
-
-    /// Passes that have ended.
-    pub(in crate::engine) fn passes(&self) -> u64 {
-        self.first
-    }
-
-    fn advance(&mut self) {
-        self.first += 1;
-        self.passes.swap(0, 1);
-        self.passes[1].fill(None);
-    }
-
-    /// The first pass, if all of its uses came.
-    fn complete(&self, next_ns: u64) -> Option<PassTimes> {
-        let uses: Vec<&Record> =
-            self.passes[0].iter().map(Option::as_ref).collect::<Option<_>>()?;
-        let seconds = |from: u64, to: u64| real(to.saturating_sub(from)) * 1e-9;
-        let (first, last) = (uses.first()?.times, uses.last()?.times);
-        let mut compute_s: Vec<f64> =
-            uses.windows(2).map(|u| seconds(u[0].times.start_ns, u[1].times.wait_ns)).collect();
-        compute_s.push(seconds(last.start_ns, last.end_ns));
-        Some(PassTimes {
-            compute_s,
-            outside_s: seconds(last.end_ns, next_ns),
-            inside_s: seconds(first.wait_ns, last.end_ns),
-            copied: copied(&uses),
-        })
-    }
-}
-
-/// Bytes and seconds of the long stretches of copies, without their latency.
-fn copied(uses: &[&Record]) -> Option<(u64, f64)> {
-    let most = uses.iter().map(|u| u.stretch_bytes).max()?;
-    let long =
-        |u: &&&Record| u.stretch_bytes > 0 && u.stretch_bytes >= LONG_COPY_BYTES.min(most / 2);
-    let (mut bytes, mut seconds) = (0, 0.0);
-    for used in uses.iter().filter(long) {
-        let times = used.times;
-        bytes += used.stretch_cost;
-        let took = real(times.copy_end_ns.saturating_sub(times.copy_start_ns)) * 1e-9;
-        seconds += took - LATENCY_S.min(took / 2.0) * count(index(used.stretch_copies)).min(1e3);
-    }
-    (bytes > 0 && seconds > 0.0).then_some((bytes, seconds))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::UseTimes;
 
     fn pass(compute_s: f64, rate: f64) -> PassTimes {
         PassTimes {
@@ -284,11 +241,28 @@ mod tests {
         tuner.observe(&pass(0.1, 1e9), None);
         tuner.observe(&pass(0.11, 1e9), None);
         let compute_s = |tuner: &Tuner| tuner.times(4).expect("known").compute_s[0];
-        assert!((compute_s(&tuner) - 0.104).abs() < 1e-9);
+        assert!((compute_s(&tuner) - 0.105).abs() < 1e-9, "the mean");
         tuner.observe(&pass(0.2, 0.5e9), None);
         assert!((compute_s(&tuner) - 0.2).abs() < 1e-9);
         assert!((tuner.times(4).expect("known").link.bytes_per_s - 0.5e9).abs() < 1.0);
         assert!(tuner.times(5).is_none(), "of another order nothing is known");
+    }
+
+    #[test]
+    fn an_estimate_is_a_mean_that_forgets_and_trusts_itself_less_after_news() {
+        let rate = |tuner: &Tuner| tuner.times(4).expect("known").link.bytes_per_s;
+        let mut tuner = Tuner::new();
+        for _ in 0..20 {
+            tuner.observe(&pass(0.1, 1.0e9), None);
+        }
+        tuner.observe(&pass(0.1, 1.1e9), None);
+        assert!((rate(&tuner) - 1.015e9).abs() < 1.0);
+        assert!(!tuner.is_news(0.4) && tuner.is_news(0.44));
+        tuner.observe(&pass(0.1, 1.1e9), None);
+        assert!((rate(&tuner) - 1.0575e9).abs() < 1.0, "half of the way");
+        tuner.observe(&pass(0.1, 0.5e9), None);
+        tuner.observe(&pass(0.1, 0.52e9), None);
+        assert!((rate(&tuner) - 0.51e9).abs() < 1.0, "nothing is left of before a jump");
     }
 
     #[test]
@@ -313,8 +287,16 @@ mod tests {
     fn a_pass_of_another_length_is_news() {
         let mut tuner = Tuner::new();
         let news: Vec<bool> =
-            [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|span_s| tuner.is_news(span_s)).to_vec();
+            [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|inside_s| tuner.is_news(inside_s)).to_vec();
         assert_eq!(news, [false, false, false, true, false, true]);
+    }
+
+    #[test]
+    fn a_first_block_that_takes_quite_another_time_is_news() {
+        let mut tuner = Tuner::new();
+        let news: Vec<bool> =
+            [0.1, 0.11, 0.1, 0.2, 0.2].map(|first_s| tuner.begins_with_news(first_s)).to_vec();
+        assert_eq!(news, [false, false, false, true, false]);
     }
 
     #[test]
@@ -337,43 +319,5 @@ mod tests {
         assert_eq!(tuner.pause_s(), Some(0.03));
         tuner.paused(3600.0);
         assert_eq!(tuner.pause_s(), Some(MOST_PAUSE_S));
-    }
-
-    #[test]
-    fn a_pass_is_whole_or_nothing() {
-        let record = |number: u64| Record {
-            number,
-            block: 0,
-            bytes: 10,
-            stretch_bytes: 8 << 20,
-            stretch_cost: 8 << 20,
-            stretch_copies: 1,
-            times: UseTimes {
-                copy_start_ns: number * 1000,
-                copy_end_ns: number * 1000 + 900_000,
-                wait_ns: number * 1000,
-                start_ns: number * 1000 + 100,
-                end_ns: number * 1000 + 800,
-            },
-        };
-        let mut assembly = Assembly::new(3);
-        let (mut found, mut spans) = (Vec::new(), Vec::new());
-        for number in (0..7).chain(8..13) {
-            let (took_s, pass) = assembly.add(&record(number));
-            spans.extend(took_s);
-            found.extend(pass.map(|pass| (number, pass)));
-        }
-        let numbers: Vec<u64> = found.iter().map(|(number, _)| *number).collect();
-        assert_eq!(numbers, [3, 6, 12], "use 7 is missing, so pass 2 is");
-        assert_eq!(spans.len(), 4, "of every pass");
-        assert!(spans.iter().all(|span_s| (span_s - 3e-6).abs() < 1e-12));
-        let pass = &found[0].1;
-        assert!((pass.compute_s[0] - 900e-9).abs() < 1e-12, "to where the next could begin");
-        assert!((pass.compute_s[2] - 700e-9).abs() < 1e-12, "to its end");
-        assert!((pass.outside_s - 200e-9).abs() < 1e-12);
-        assert!((pass.inside_s - 2800e-9).abs() < 1e-12);
-        let (bytes, seconds) = pass.copied.expect("long copies");
-        assert_eq!(bytes, 24 << 20);
-        assert!((seconds - 3.0 * 895e-6).abs() < 1e-9);
     }
 }
