@@ -21,7 +21,7 @@ class Bed:
 
     workload: Workload
     eaters: int = 0
-    """Streams of other copies that eat bandwidth, so that a slower link is represented."""
+    """Other readers that eat bandwidth, so that a slower link is represented."""
 
     @property
     def key(self) -> str:
@@ -30,7 +30,7 @@ class Bed:
 
     def title(self) -> str:
         """Names it for people."""
-        busy = f", {self.eaters} other copies on the link" if self.eaters else ""
+        busy = f", {self.eaters} other readers on the link" if self.eaters else ""
         return self.workload.title() + busy
 
     def to_json(self) -> dict[str, Any]:

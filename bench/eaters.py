@@ -1,9 +1,12 @@
-"""Other copies on the link, so that a slower link is represented on a fast machine.
+"""Other readers on the link, so that a slower link is represented on a fast machine.
 
-Each eater is a stream that always has copies queued. What is left for others is no fixed rate, so
-it is measured under the same load. On an H100 that failed with copies of 64 MiB: copies of 256 MiB
-kept the whole rate beside them, and a model's were held up for minutes. They are as large as a
-model's now, and a run that they take nothing from is refused; neither was tried on a GPU yet.
+Copies do not serve: a copy engine that always has more queued on one stream keeps to that stream,
+so on an H100 a model's copies were held up for minutes, and then the others'. A kernel that reads
+page-locked memory shares the link itself, request by request: beside four of its programs, which
+take four of 132 processors, copies ran at 26 to 27 of 55 GB/s. More of them take no more than
+half, unless they take all processors; so a quarter of a link is not represented.
+
+What is left for copies is no fixed rate, so it is measured under the same load, and so is compute.
 """
 
 from __future__ import annotations
@@ -17,50 +20,65 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CHUNK = 8 << 20
-_QUEUED = 3
+_SOURCE = 1 << 24
+_STEP = 1 << 14
+_NUMBERS = 1 << 24
+"""Of 4 bytes, for each launch: about 2 ms, for which one that waits for the device waits too."""
+_QUEUED = 2
 
 
-def _eat(device: torch.device, stop: threading.Event, ready: threading.Barrier) -> None:
-    stream = torch.cuda.Stream(device)
-    source = torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(_CHUNK, dtype=torch.uint8, device=device)
-    # Blocking events: a spinning wait would take a processor from the measured program.
-    events = [torch.cuda.Event(blocking=True) for _ in range(_QUEUED)]
-    turn = 0
-    while not stop.is_set():
-        event = events[turn % _QUEUED]
-        event.synchronize()
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
-        event.record(stream)
-        if turn == _QUEUED:
-            ready.wait()
-        turn += 1
-    stream.synchronize()
+class _Reader:
+    """A stream with kernels that read, and the thread that keeps them coming."""
+
+    def __init__(self, device: torch.device, programs: int) -> None:
+        """Compiles the kernel, fills the queue and starts the thread."""
+        from bench.reader_kernel import launch
+
+        self._launch, self._programs = launch, programs
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._source = torch.zeros(_SOURCE, dtype=torch.int32, pin_memory=True)
+        self._target = torch.empty(programs * _STEP, dtype=torch.int32, device=device)
+        # Blocking events: a spinning wait would take a processor from the measured program.
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(_QUEUED)]
+        self._stop = threading.Event()
+        for event in self._events:
+            self._enqueue(event)
+        self._thread = threading.Thread(target=self._work, name="bench-eater", daemon=True)
+        self._thread.start()
+
+    def _enqueue(self, event: torch.cuda.Event) -> None:
+        with torch.cuda.stream(self._stream):
+            self._launch(self._source, self._target, self._programs, _NUMBERS, _STEP)
+        event.record(self._stream)
+
+    def _work(self) -> None:
+        while not self._stop.is_set():
+            for event in self._events:
+                event.synchronize()
+                self._enqueue(event)
+
+    def close(self) -> None:
+        """Blocks until nothing reads any more."""
+        self._stop.set()
+        self._thread.join()
+        self._stream.synchronize()
 
 
 @contextlib.contextmanager
 def eating(device: torch.device, count: int) -> Iterator[None]:
-    """Runs ``count`` eaters while open.
+    """Runs ``count`` readers while open.
 
     Raises:
-        ValueError: Eaters need a CUDA device; the CPU's link is slowed down by its rate.
+        ValueError: They need a CUDA device; the CPU's link is slowed down by its rate.
+        ImportError: Triton, which comes with torch for CUDA, is not there.
     """
-    if count and device.type != "cuda":
-        raise ValueError(f"other copies need a CUDA device, found {device}")
-    stop, ready = threading.Event(), threading.Barrier(count + 1)
-    threads = [
-        threading.Thread(target=_eat, args=(device, stop, ready), name="bench-eater", daemon=True)
-        for _ in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    if count:
-        ready.wait(timeout=60)
+    if not count:
+        yield
+        return
+    if device.type != "cuda":
+        raise ValueError(f"other readers need a CUDA device, found {device}")
+    reader = _Reader(device, count)
     try:
         yield
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+        reader.close()

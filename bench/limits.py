@@ -28,7 +28,7 @@ _STEP = 128
 _MOST_TOKENS = 65536
 _PROBES = (1024, 4096, 12288)
 _LEFT = 0.8
-"""The most that other copies may leave of the link."""
+"""The most that other readers may leave of the link."""
 
 
 def tokens_for(seconds: float, probes: list[tuple[int, float]], least: int) -> int:
@@ -55,14 +55,14 @@ def _parabola(points: list[tuple[int, float]]) -> tuple[float, float, float]:
 
 
 def check_eaters(eaters: int, alone: float, loaded: float) -> None:
-    """Refuses other copies that take nothing of the link: they would represent no slower one.
+    """Refuses other readers that take nothing of the link: they would represent no slower one.
 
     Raises:
         ValueError: With both rates.
     """
     if eaters and loaded > _LEFT * alone:
         raise ValueError(
-            f"{eaters} other copies should leave less than {_LEFT:.0%} of the link, found "
+            f"{eaters} other readers should leave less than {_LEFT:.0%} of the link, found "
             f"{loaded / 1e9:.1f} of {alone / 1e9:.1f} GB/s"
         )
 
@@ -139,6 +139,7 @@ class Limits(Worker):
         stack.pace(point.pace_s)
         x, c = job.bed.workload.inputs(point.tokens, job.device)
         found = measure.digest(stack, x, c)
+        launch_s = measure.launch_s(job.device)
         timing, allocations = measure.steady(stack, x, c, job.effort)
         watch = measure.Watch(job.device)
         with watch.open():
@@ -150,6 +151,7 @@ class Limits(Worker):
             "compute_s": timing.median_s,
             "passes_s": timing.passes,
             "hash": found,
+            "launch_s": launch_s,
             "workspace_bytes": reserved - held,
             "base_bytes": self.base_bytes,
             "peak_bytes": watch.peak_bytes,

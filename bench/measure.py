@@ -22,6 +22,8 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 CHECKED_PASSES = 2
 _SAMPLE_S = 0.002
+_LAUNCH_ROUNDS = 5
+_LAUNCHES = 200
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,26 @@ def timed(step: Step, x: Tensor, c: Tensor, passes: int) -> Timing:
     else:
         spans = [after - before for before, after in pairs]
     return Timing(spans, enqueue / passes, host / passes)
+
+
+def launch_s(device: torch.device) -> float | None:
+    """What the host takes to launch a kernel now, seconds; ``None`` on the CPU.
+
+    The fastest of some rounds of fewer launches than a queue holds: the host of a virtual machine
+    is twice as slow from one second to the next.
+    """
+    if device.type != "cuda":
+        return None
+    number = torch.zeros(1, device=device)
+    rounds = []
+    for _ in range(_LAUNCH_ROUNDS):
+        wait(device)
+        begun = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            number.add_(1)
+        rounds.append((time.perf_counter() - begun) / _LAUNCHES)
+    wait(device)
+    return min(rounds)
 
 
 class BlockTimes:

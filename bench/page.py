@@ -106,13 +106,14 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
     rows: list[tuple[str, ...]] = [
-        ("column", "engine", "most over the budget", "hooks us", "host CPU ms")
+        ("column", "engine", "most over the budget", "hooks us", "host CPU ms", "launch us")
     ]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
         over = [found for c in cells if (found := overhead_bytes(results, c)) is not None]
         hooks = [c["hooks"]["call_s"] for c in cells if "call_s" in (c.get("hooks") or {})]
         host = [c["host_cpu_s"] for c in cells]
+        launches = [1e6 * c["launch_s"] for c in cells if c.get("launch_s")]
         rows.append(
             (
                 name,
@@ -120,6 +121,7 @@ def _memory(results: Results) -> list[str]:
                 f"{max(over) / 2**20:.0f} MiB" if over else "",
                 f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
                 f"{1e3 * statistics.median(host):.1f}" if host else "",
+                f"{min(launches):.1f} to {max(launches):.1f}" if launches else "",
             )
         )
     return _markdown(rows)

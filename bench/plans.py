@@ -50,7 +50,7 @@ PLANS: dict[str, Sequence[Stage]] = {
     "probe": (
         Stage(_bed("flux", scale=0.25), (0.5,), (2.0,), ALL, (1.05,), _BRIEF),
         Stage(_bed("flux", "fp8", scale=0.25), (0.5,), (2.0,), ALL, (), _BRIEF),
-        Stage(_bed("wan", scale=0.25, eaters=1), (0.5,), (2.0,), ("dgls", "ring"), (), _BRIEF),
+        Stage(_bed("wan", scale=0.25, eaters=4), (0.5,), (2.0,), ("dgls", "ring"), (), _BRIEF),
     ),
     # Every engine at every ratio, FLUX.1 at half its width.
     "half": (
@@ -78,10 +78,14 @@ PLANS: dict[str, Sequence[Stage]] = {
             ("hunyuan", "fp8", 0.75),
         )
     ),
-    # Slower links: about a half and a quarter of this machine's.
+    # The largest of them at their real size.
+    "full": tuple(
+        Stage(_bed(shape), (0.25, 0.5), (4.0, 1.0), FAST, (0.15, 0.75), _BRIEF)
+        for shape in ("wan", "qwen", "hunyuan")
+    ),
+    # A slower link: about half of this machine's.
     "throttled": (
-        Stage(_bed("flux", "bf16", 0.5, 1), (0.25, 0.5), (4.0, 1.0, 0.25), FAST, (), _SHORT),
-        Stage(_bed("flux", "bf16", 0.5, 3), (0.25, 0.5), (4.0, 1.0, 0.25), FAST, (), _SHORT),
+        Stage(_bed("flux", "bf16", 0.5, 4), (0.25, 0.5), (4.0, 1.0, 0.5), FAST, (), _SHORT),
     ),
     # Without a GPU: blocks take a set time, the CPU device's link has a set rate.
     "host": (

@@ -211,6 +211,7 @@ class Worker:
         begun = time.perf_counter()
         first_hash = measure.digest(step, x, c)
         first = (time.perf_counter() - begun) / measure.CHECKED_PASSES
+        launch_s = measure.launch_s(job.device)
         timing, allocations = measure.steady(step, x, c, job.effort)
         watch = measure.Watch(job.device)
         with watch.open():
@@ -220,6 +221,7 @@ class Worker:
         row = {
             "status": "ok",
             "pass_s": timing.median_s,
+            "launch_s": launch_s,
             "passes_s": timing.passes,
             "first_pass_s": first,
             "enqueue_s": timing.enqueue_s,

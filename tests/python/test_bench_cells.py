@@ -140,7 +140,7 @@ def test_the_optimum_of_equal_blocks_is_the_closed_form() -> None:
     assert optimum_s(stack, total, total / 4.0, [1.0] * count, 2.0) == 2.0
 
 
-def test_other_copies_that_take_nothing_are_refused() -> None:
+def test_other_readers_that_take_nothing_are_refused() -> None:
     check_eaters(0, 55e9, 55e9)
     check_eaters(1, 55e9, 30e9)
     with pytest.raises(ValueError, match=r"less than 80% of the link, found 54.6 of 55.0 GB/s"):
