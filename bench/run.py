@@ -247,8 +247,8 @@ class Run:
         cells = []
         for share in shares:
             budget = int(share * found["weight_bytes"])
-            # Where all fits there is nothing to vary.
-            chosen = keys[:1] if share > 1 else keys
+            # Where all fits there is little to vary: the least work and a middling one.
+            chosen = keys[:3:2] if share > 1 else keys
             for key in dict.fromkeys(chosen):
                 if not self._results.is_done(stage.bed, engine, budget, key):
                     point = found["points"][key]

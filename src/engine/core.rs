@@ -49,6 +49,8 @@ pub(super) struct Core {
     pub(super) proposal: Option<Proposal>,
     /// Since when the device has had nothing to do, because a better plan is taken up.
     pub(super) idle_since: Option<Instant>,
+    /// A better plan was taken up, and its first pass has not been timed yet.
+    pub(super) is_fresh: bool,
     pub(super) counters: Counters,
     pub(super) errors: ErrorLog,
     pub(super) verifier: Verifier,
@@ -130,6 +132,7 @@ impl Core {
             review: Review::default(),
             proposal: None,
             idle_since: None,
+            is_fresh: false,
             counters: Counters::default(),
             errors: ErrorLog::default(),
             verifier: Verifier::default(),

@@ -256,6 +256,31 @@ fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
     }
 }
 
+/// Mean pass, and plans taken up, where kernels take another time every few passes.
+fn restless(adapt: Adapt) -> (f64, u64) {
+    let calm = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
+    let profile = all()[0].profile(2, 150.0, 25e9);
+    let times = with_times(&profile, Truth { kernel_ns: 6_000_000, ..calm });
+    let mut run = Run::new(&times, 8 * GB, adapt);
+    let mut random = Random::new(5);
+    let mut sum = 0.0;
+    for _ in 0..40 {
+        let truth = Truth { kernel_ns: random.between(4_000_000, 9_000_000), ..calm };
+        let passes = u32::try_from(random.between(2, 5)).expect("few");
+        sum += run.mean(passes, truth, &mut exactly);
+    }
+    run.finish();
+    (sum / 40.0, run.engine.stats().counters.adopted)
+}
+
+#[test]
+fn where_times_change_all_the_time_few_plans_are_taken_up() {
+    let (still, _) = restless(Adapt::Off);
+    let (adapting, adopted) = restless(Adapt::AtOnce);
+    assert!(adopted <= 15, "{adopted} plans in 40 changes");
+    assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
+}
+
 #[test]
 fn adopting_a_plan_brings_only_the_difference() {
     let mut adopted = 0;

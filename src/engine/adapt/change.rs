@@ -72,7 +72,7 @@ impl Core {
                 self.counters.rebuilds += 1;
                 self.counters.adopted += u64::from(adopted);
                 self.replace_by(next);
-                self.idle_since = idle_since;
+                (self.idle_since, self.is_fresh) = (idle_since, adopted);
                 Ok(())
             }
             Err(error) => {

@@ -102,6 +102,12 @@ impl Core {
         let found = self.assembly.add(record);
         let begins_anew = found.first_s.is_some_and(|s| self.tuner.begins_with_news(s));
         let took_another = found.inside_s.is_some_and(|s| self.tuner.is_news(s));
+        if let Some(inside_s) = found.inside_s
+            && std::mem::take(&mut self.is_fresh)
+        {
+            let wanted_s = self.plan.period_s.unwrap_or(inside_s);
+            self.tuner.paused_longer(inside_s - wanted_s);
+        }
         if begins_anew || took_another {
             self.schedule.sample();
         }
@@ -120,6 +126,7 @@ impl Core {
             budget_bytes: self.spec.budget_bytes,
             plan: self.plan.clone(),
             passes: self.assembly.passes(),
+            horizon: self.tuner.horizon(),
             pause_s: match self.spec.options.adapt {
                 Adapt::Beside => self.tuner.pause_s().unwrap_or(guess_s),
                 Adapt::AtOnce | Adapt::Off => 0.0,

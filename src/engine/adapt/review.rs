@@ -11,10 +11,6 @@ use crate::plan::{Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
-/// Passes over which a change has to pay at least: of a picture of 20 to 30 steps about so many are
-/// left when a plan is found. How long it will last is not known; the guess is as long as the last
-/// one.
-const PASSES: f64 = 20.0;
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.01;
 
@@ -40,6 +36,8 @@ pub(in crate::engine) struct Question {
     pub(in crate::engine) plan: Plan,
     /// Passes that it ran so far.
     pub(in crate::engine) passes: u64,
+    /// Passes that are expected of the next one, whatever this one lasted.
+    pub(in crate::engine) horizon: f64,
     /// Seconds for which the device has nothing to do while a plan is taken up.
     pub(in crate::engine) pause_s: f64,
     /// Page-locks what the plan streams and the one in force does not, beside the model that runs.
@@ -161,7 +159,7 @@ fn better(question: &Question) -> Option<Plan> {
     let fill = most.max().unwrap_or(0);
     let cost_s = real(brought + fill) / link.bytes_per_s + question.pause_s;
     let saved_s = now_s - after.period_s?;
-    let passes = real(question.passes).max(PASSES);
+    let passes = real(question.passes).max(question.horizon);
     (saved_s > LEAST_SAVED * now_s && saved_s * passes > cost_s).then_some(after)
 }
 
@@ -210,6 +208,7 @@ mod tests {
     use super::*;
     use crate::driver::host::{HostDevice, HostOptions};
     use crate::engine::Spec;
+    use crate::engine::adapt::tuner::PASSES;
     use crate::engine::copying::Host;
     use crate::plan::{Link, Tensor, Times, plan};
 
@@ -230,6 +229,7 @@ mod tests {
             budget_bytes: 40 << 20,
             plan: before,
             passes,
+            horizon: PASSES,
             pause_s,
             locker: Host::new(Arc::new(device)).locker(&spec),
         }
@@ -250,5 +250,7 @@ mod tests {
             let found = better(&question(pause_s, passes));
             assert_eq!(found.is_some(), pays, "{pause_s} s after {passes} passes");
         }
+        let unsure = Question { horizon: 5.0, ..question(0.5 * PASSES * saved_s, 0) };
+        assert!(better(&unsure).is_none(), "the last plans did not last");
     }
 }

@@ -16,6 +16,9 @@
 use crate::plan::{Link, Times};
 use crate::units::real;
 
+/// Passes for which a plan is taken to last: of a picture of 20 to 30 steps about so many are left
+/// when one is found.
+pub(super) const PASSES: f64 = 20.0;
 /// Least share of a new measurement.
 const LEAST_NEW: f64 = 0.15;
 const JUMP: f64 = 0.15;
@@ -73,18 +76,21 @@ pub struct Tuner {
     reviewed: Option<(f64, f64)>,
     inside: Watched,
     first: Watched,
+    /// Passes that are expected of the next plan.
+    horizon: f64,
     pause_s: Option<f64>,
 }
 
 impl Tuner {
     /// Nothing is known.
     pub fn new() -> Self {
-        Self { due: 1, ..Self::default() }
+        Self { due: 1, horizon: PASSES, ..Self::default() }
     }
 
     /// A pass took `inside_s` seconds from its first block to the end of its last. Says whether
     /// that is another time than before.
     pub fn is_news(&mut self, inside_s: f64) -> bool {
+        self.horizon = (self.horizon + 1.0).min(PASSES);
         let is_news = self.inside.is_news(inside_s, MISSED);
         self.trust_less(is_news)
     }
@@ -108,6 +114,19 @@ impl Tuner {
     /// than that takes is a pause of the caller's.
     pub fn paused(&mut self, seconds: f64) {
         self.pause_s = Some(seconds.min(MOST_PAUSE_S));
+        self.horizon /= 2.0;
+    }
+
+    /// The first pass of a plan that was taken up took so many seconds more than it should.
+    pub fn paused_longer(&mut self, seconds: f64) {
+        let pause_s = self.pause_s.unwrap_or_default() + seconds.max(0.0);
+        self.pause_s = Some(pause_s.min(MOST_PAUSE_S));
+    }
+
+    /// Passes in which the next change has to pay: half as many after each change, one more after
+    /// each pass. Where times change all the time no plan lasts.
+    pub fn horizon(&self) -> f64 {
+        self.horizon
     }
 
     /// What the last change of plan took, as [`Tuner::paused`] was told.
@@ -317,7 +336,27 @@ mod tests {
         assert_eq!(tuner.pause_s(), Some(0.03));
         tuner.forget_uses();
         assert_eq!(tuner.pause_s(), Some(0.03));
+        tuner.paused_longer(0.05);
+        assert!(tuner.pause_s().is_some_and(|pause_s| (pause_s - 0.08).abs() < 1e-9));
+        tuner.paused_longer(-1.0);
+        assert!(tuner.pause_s().is_some_and(|pause_s| (pause_s - 0.08).abs() < 1e-9));
         tuner.paused(3600.0);
         assert_eq!(tuner.pause_s(), Some(MOST_PAUSE_S));
+    }
+
+    #[test]
+    fn less_is_expected_of_a_plan_the_sooner_the_last_ones_were_replaced() {
+        let mut tuner = Tuner::new();
+        let mut horizons = Vec::new();
+        for _ in 0..3 {
+            tuner.paused(0.01);
+            horizons.push(tuner.horizon());
+            tuner.is_news(1.0);
+        }
+        assert_eq!(horizons, [10.0, 5.5, 3.25]);
+        for _ in 0..40 {
+            tuner.is_news(1.0);
+        }
+        assert!((tuner.horizon() - PASSES).abs() < 1e-9);
     }
 }
