@@ -69,8 +69,9 @@ pub struct Schedule {
     loaded: Vec<bool>,
     /// Blocks of which some residents are still where the plan before had them.
     kept: Vec<bool>,
-    /// For each event slot, the first copy of its last stretch, of those of its use.
-    stretches: Vec<Option<u32>>,
+    /// For each event slot, the last use whose copies were timed, and the first of these of its
+    /// last stretch.
+    stretches: Vec<Option<(u64, u32)>>,
     tickets: Vec<u64>,
     last_ticket: u64,
     last_done: Option<EventSlot>,
@@ -327,11 +328,13 @@ impl Schedule {
         Ok(active.slot)
     }
 
-    /// The copies of the last stretch of use `number`; none if residents were brought in it too.
+    /// The copies of the last stretch of use `number`; none if they were not timed, or if residents
+    /// were brought in it too.
     pub fn stretch(&self, number: u64) -> &[Copy] {
         let copies = self.program.copies_of(&self.program.uses[index(self.position(number))]);
-        let first = self.stretches[index(self.slot(number).0)];
-        first.and_then(|first| copies.get(index(first)..)).unwrap_or_default()
+        let timed = self.stretches[index(self.slot(number).0)];
+        let first = timed.filter(|&(whose, _)| whose == number);
+        first.and_then(|(_, first)| copies.get(index(first)..)).unwrap_or_default()
     }
 
     /// For each block, whether its resident tensors have been asked for.

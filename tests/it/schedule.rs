@@ -273,3 +273,19 @@ fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
     run(&mut schedule, 2..4);
     assert_eq!(timed(&mut schedule).0, [0, 1, 2, 3], "from the next pass on");
 }
+
+#[test]
+fn the_copies_of_a_timed_use_are_known_until_its_marks_are_used_again_for_timed_ones() {
+    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
+    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
+    let options = Options { timing: true, ..Options::default() };
+    let mut schedule = Schedule::new(program, options, &[]);
+    run(&mut schedule, [0, 1, 2, 3].repeat(6));
+    for number in 4 * 2..4 * 4 {
+        assert_eq!(schedule.stretch(number).len(), 1, "use {number}, of a timed pass");
+    }
+    for number in 4 * 4..4 * 6 {
+        assert!(schedule.stretch(number).is_empty(), "use {number}, of one that was not");
+    }
+}

@@ -68,9 +68,9 @@ impl Schedule {
     }
 
     fn start_copies(&mut self, out: &mut Vec<Command>) {
-        let (slot, timed) = (self.slot(self.issued), self.timed(self.issued));
-        self.stretches[index(slot.0)] = timed.then_some(self.issued_copies);
-        if timed {
+        if self.timed(self.issued) {
+            let slot = self.slot(self.issued);
+            self.stretches[index(slot.0)] = Some((self.issued, self.issued_copies));
             out.push(Command::CopyStart(slot));
         }
     }
