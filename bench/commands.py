@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from bench.compare import FLOORS
 from bench.engines import ENGINES
 from bench.plans import PLANS
 from bench.results import Results
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--keep-weights", action="store_true", help="for a run that follows")
     compare = commands.add_parser("compare", help="fail where results miss the stated floors")
     compare.add_argument("results", type=Path, nargs="+")
-    compare.add_argument("--floors", type=Path, default=Path(__file__).with_name("floors.json"))
+    compare.add_argument("--floors", type=Path, default=FLOORS)
     page = commands.add_parser("page", help="write the table and the chart of real runs")
     page.add_argument("results", type=Path, nargs="+")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks.md"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from bench.compare import HOST_DECIDES, overhead_bytes
+from bench.compare import FLOORS, HOST_DECIDES, misses, notes, overhead_bytes
 from bench.engines import ENGINES
 from bench.plans import PLANS
 from bench.table import account_rows, cell_text, engines_of, losers, ordered
@@ -41,7 +42,9 @@ weights, and a sixteenth of the budget but at least 256 MiB) and was measured wi
 `differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
 `lost`: an engine was more than 1 % faster than dgls_torch; `even`: one was faster by less. `host`:
 launches were more than a tenth of the pass, so the host limits; the resident run then is as noisy
-as the rest, and values pass 100.
+as the rest, and values pass 100. `launch us`: what the host took to launch a kernel, from the best
+cell to the worst; where it is empty, the profiler of earlier cells had stayed attached and made
+each launch up to twice as slow.
 """
 
 
@@ -160,6 +163,13 @@ def _left(loaded: list[Results]) -> list[str]:
     return ["## Not run", "", *lines] if lines else []
 
 
+def _missed(results: Results) -> list[str]:
+    floors = json.loads(FLOORS.read_text(encoding="utf-8"))
+    found = [f"- {miss}" for miss in misses(results, floors)]
+    void = [f"- (void) {note}" for note in notes(results, floors)]
+    return [*(found or ["None."]), *void]
+
+
 def curve(results: Results, engine: str) -> list[tuple[float, float]]:
     """Ratio and efficiency, the median of the cells within each factor of two."""
     bins: dict[int, list[tuple[float, float]]] = {}
@@ -224,6 +234,7 @@ def text(loaded: list[Results], chart: str) -> str:
         lines += [_ACCOUNT]
         lines += _markdown(account_rows(results))
         lines += ["", "### Memory and host", "", *_memory(results)]
+        lines += ["", "### Floors that were missed", "", *_missed(results)]
         lines += ["", "### What failed", "", *_reasons(results), "", *_skipped(results), ""]
     lines += _left(loaded)
     return "\n".join(lines).rstrip() + "\n"

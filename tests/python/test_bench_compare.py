@@ -194,6 +194,16 @@ def test_the_exit_status_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert compare([good(), results], FLOORS_PATH) == 1
 
 
+def test_beside_other_readers_no_driver_calls_are_watched() -> None:
+    results = good()
+    for cell in results.value["cells"]:
+        cell.pop("driver_calls", None)
+    assert "the driver's calls were watched in no cell" in misses(results, FLOORS)
+    for bed in results.value["beds"].values():
+        bed["bed"] = {"eaters": 4}
+    assert "the driver's calls were watched in no cell" not in misses(results, FLOORS)
+
+
 def test_results_of_another_format_are_refused() -> None:
     with pytest.raises(ValueError, match="need format 1, found 2"):
         Results({"format": 2})
@@ -210,6 +220,7 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
         "`python -m bench run` (2026-01-01)",
         "| 25 % | 512 | 3.00 | 1500.0 | 1550.0 lost | 97.7 | 96.8 | 100.0 | 65.2 | 60.0 | failed |",
         "| 25 % | 16384 | 0.38 | 4000.0 | 4020.0 | 100.0 | 99.5 |",
+        "- flux-bf16, budget 25 %, point 512: 1.033 of the time of ring, may be 1.01",
         "| accelerate cpu_offload | 1 | needs accelerate==1.15.0, found none |",
         "![efficiency over copy/compute](benchmarks.svg)",
     ):
