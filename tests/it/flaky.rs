@@ -42,6 +42,11 @@ pub(crate) struct Flaky {
     fired: AtomicU64,
     held: Mutex<bool>,
     let_go: Condvar,
+    /// So many uses the host is ahead of the device: times of the last ones cannot be read yet.
+    ahead: AtomicU64,
+    /// How many uses were marked as done, and of each slot how many it was after.
+    done: Mutex<(u64, BTreeMap<u32, u64>)>,
+    reads: AtomicU64,
 }
 
 impl Flaky {
@@ -59,7 +64,20 @@ impl Flaky {
             fired: AtomicU64::new(0),
             held: Mutex::new(false),
             let_go: Condvar::new(),
+            ahead: AtomicU64::new(0),
+            done: Mutex::default(),
+            reads: AtomicU64::new(0),
         }
+    }
+
+    /// The host goes so many uses ahead of the device.
+    pub(crate) fn go_ahead(&self, uses: u64) {
+        self.ahead.store(uses, Ordering::SeqCst);
+    }
+
+    /// How often times were asked for.
+    pub(crate) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::SeqCst)
     }
 
     /// Whether the staging thread is held back at its next read.
@@ -151,6 +169,11 @@ impl Device for Flaky {
     }
     fn mark_done(&self, slot: EventSlot, compute: ComputeStream) -> Result<()> {
         self.attempt("mark_done")?;
+        let mut done = self.done.lock();
+        done.0 += 1;
+        let count = done.0;
+        done.1.insert(slot.0, count);
+        drop(done);
         self.inner.mark_done(slot, compute)
     }
     fn flush(&self) {
@@ -200,7 +223,11 @@ impl Device for Flaky {
         self.inner.page_unlock(address, bytes);
     }
     fn times(&self, slot: EventSlot) -> Option<UseTimes> {
-        self.inner.times(slot)
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let done = self.done.lock();
+        let marked = done.1.get(&slot.0).copied().unwrap_or_default();
+        let passed = marked + self.ahead.load(Ordering::SeqCst) <= done.0;
+        passed.then(|| self.inner.times(slot)).flatten()
     }
     fn quiesce(&self, last: Option<EventSlot>) -> Result<()> {
         self.attempt("quiesce")?;

@@ -13,6 +13,7 @@ mod fuzz;
 mod host;
 mod lagging;
 mod models;
+mod news;
 mod optimum;
 mod overlap;
 mod plan;

@@ -129,7 +129,7 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::driver::Source;
     use crate::driver::sim::{SimDevice, SimOptions};
@@ -140,7 +140,7 @@ mod tests {
     const ARENA: u64 = 1 << 50;
     const BUDGET: u64 = 3 << 20;
 
-    fn core() -> Core {
+    pub(in crate::engine::adapt) fn core() -> Core {
         let tensors = (0..8).map(|block| Tensor { block, bytes: 1 << 20 }).collect();
         let spec = Spec {
             profile: Profile { tensors, order: (0..8).collect(), ..Profile::default() },

@@ -168,3 +168,38 @@ impl Core {
         self.trace.records().copied().collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::UseTimes;
+    use crate::engine::adapt::change::tests::core;
+
+    #[test]
+    fn the_first_pass_of_a_plan_that_was_taken_up_counts_with_what_it_takes_longer() {
+        let mut core = core();
+        core.spec.options.adapt = Adapt::Beside;
+        core.plan.period_s = Some(1e-3);
+        core.tuner.paused(0.01);
+        core.is_fresh = true;
+        for number in 0..16 {
+            let times = UseTimes {
+                wait_ns: number * 1_000_000,
+                start_ns: number * 1_000_000,
+                end_ns: (number + 1) * 1_000_000,
+                ..UseTimes::default()
+            };
+            core.learn(&Record {
+                number,
+                block: narrow(index(number % 8)),
+                bytes: 0,
+                stretch_bytes: 0,
+                stretch_cost: 0,
+                stretch_copies: 0,
+                times,
+            });
+        }
+        let pause_s = core.tuner.pause_s().expect("told");
+        assert!((pause_s - 0.017).abs() < 1e-9, "{pause_s}: 8 ms instead of 1, once");
+    }
+}

@@ -1,0 +1,100 @@
+//! Goal: a change is seen soon, whatever runs between the passes, and where everything changes all
+//! the time little is made of it.
+//! Method: real models on the simulated device, whose kernels change their times.
+
+use dgls_core::engine::Adapt;
+
+use crate::adaptation::{COMPUTE, GB, Run, Truth, exactly, with_times};
+use crate::models::all;
+use crate::random::Random;
+
+/// Passes until another plan is taken up, after the kernels take three times as long. Between
+/// passes the device is busy for any time: with samplers, or with other models.
+fn passes_to_adopt(before: u32) -> u32 {
+    let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
+    let after = Truth { kernel_ns: 9_000_000, ..truth };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
+    let mut random = Random::new(u64::from(before));
+    let mut pass = |run: &mut Run, truth| {
+        run.sim.compute(COMPUTE, &[], random.between(0, 3_000_000_000));
+        run.pass(truth, &mut exactly);
+        run.engine.stats().counters.adopted
+    };
+    let mut known = 0;
+    for _ in 0..before {
+        known = pass(&mut run, truth);
+    }
+    let found = (1..20).find(|_| pass(&mut run, after) > known);
+    run.finish();
+    found.expect("another plan")
+}
+
+#[test]
+fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
+    for before in 8..17 {
+        let passes = passes_to_adopt(before);
+        assert!(passes <= 4, "{passes} passes, after {before} before the change");
+    }
+}
+
+#[test]
+fn what_the_first_block_tells_is_known_within_its_pass() {
+    let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
+    let profile = all()[0].profile(2, 150.0, 25e9);
+    let uses = profile.order.len();
+    let mut run = Run::new(&with_times(&profile, truth), 8 * GB, Adapt::AtOnce);
+    run.flaky.go_ahead(5);
+    let timed = |run: &Run| run.engine.records().len();
+    let mut quiet = 0;
+    while quiet < 2 {
+        let known = timed(&run);
+        run.mean(1, truth, &mut exactly);
+        quiet = if timed(&run) == known { quiet + 1 } else { 0 };
+    }
+    run.engine.begin_pass();
+    let reads = run.flaky.reads();
+    for &block in &profile.order[..uses / 2] {
+        run.engine.enter(block, COMPUTE).expect("no faults");
+        run.sim.compute(COMPUTE, &[], 3 * truth.kernel(block));
+        run.engine.exit(COMPUTE).expect("no faults");
+    }
+    assert!(run.flaky.reads() > reads, "times are read in the middle of a pass");
+    let before = timed(&run);
+    for &block in &profile.order[uses / 2..] {
+        run.engine.enter(block, COMPUTE).expect("no faults");
+        run.sim.compute(COMPUTE, &[], 3 * truth.kernel(block));
+        run.engine.exit(COMPUTE).expect("no faults");
+    }
+    run.engine.end_pass();
+    assert_eq!(timed(&run), before, "in this pass only the first and the last use are timed");
+    let slower = Truth { kernel_ns: 3 * truth.kernel_ns, ..truth };
+    run.mean(1, slower, &mut exactly);
+    assert!(timed(&run) + 5 >= before + uses, "in the next one all");
+}
+
+/// Mean pass, and plans taken up, where kernels take another time every few passes.
+fn restless(adapt: Adapt) -> (f64, u64) {
+    let calm = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
+    let profile = all()[0].profile(2, 150.0, 25e9);
+    let times = with_times(&profile, Truth { kernel_ns: 6_000_000, ..calm });
+    let mut run = Run::new(&times, 8 * GB, adapt);
+    let mut random = Random::new(5);
+    let mut sum = 0.0;
+    for _ in 0..40 {
+        let truth = Truth { kernel_ns: random.between(4_000_000, 9_000_000), ..calm };
+        let passes = u32::try_from(random.between(2, 5)).expect("few");
+        sum += run.mean(passes, truth, &mut exactly);
+    }
+    run.finish();
+    (sum / 40.0, run.engine.stats().counters.adopted)
+}
+
+#[test]
+fn where_times_change_all_the_time_few_plans_are_taken_up() {
+    let (still, _) = restless(Adapt::Off);
+    let (adapting, adopted) = restless(Adapt::AtOnce);
+    assert!(adopted <= 15, "{adopted} plans in 40 changes");
+    assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
+}
