@@ -117,7 +117,8 @@ leave()
     more, digest = done.out.split()
     assert digest == expected
     # Layers outside of the blocks are read into memory: 8 MiB, which the budget holds as well.
-    assert int(more) <= 40 * MIB + 8 * MIB + 8 * MIB + size // 10
+    # Pages of libraries that are used for the first time count too: the more the more are cached.
+    assert int(more) <= 40 * MIB + 8 * MIB + 8 * MIB + size // 5
 
 
 CGROUPS = Path("/sys/fs/cgroup")
