@@ -103,6 +103,9 @@ def test_streaming_from_a_file_holds_no_weights(
 with torch.device("meta"):
     model = make()
 run(torch.nn.Linear({WIDTH}, {WIDTH}))
+small = Net(4, 64).eval()  # so that the pages of libraries which streaming uses are there before
+with dgls_torch.stream(small, "160KiB", device="cpu"), torch.inference_mode():
+    small(inputs(64))
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
@@ -117,8 +120,7 @@ leave()
     more, digest = done.out.split()
     assert digest == expected
     # Layers outside of the blocks are read into memory: 8 MiB, which the budget holds as well.
-    # Pages of libraries that are used for the first time count too: the more the more are cached.
-    assert int(more) <= 40 * MIB + 8 * MIB + 8 * MIB + size // 5
+    assert int(more) <= 40 * MIB + 8 * MIB + 8 * MIB + size // 10
 
 
 CGROUPS = Path("/sys/fs/cgroup")
