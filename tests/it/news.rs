@@ -53,23 +53,22 @@ fn what_the_first_block_tells_is_known_within_its_pass() {
         run.mean(1, truth, &mut exactly);
         quiet = if timed(&run) == known { quiet + 1 } else { 0 };
     }
+    let slower = Truth { kernel_ns: 3 * truth.kernel_ns, ..truth };
+    let slowly = |run: &Run, blocks: &[u32]| {
+        for &block in blocks {
+            run.engine.enter(block, COMPUTE).expect("no faults");
+            run.sim.compute(COMPUTE, &[], slower.kernel(block));
+            run.engine.exit(COMPUTE).expect("no faults");
+        }
+    };
     run.engine.begin_pass();
     let reads = run.flaky.reads();
-    for &block in &profile.order[..uses / 2] {
-        run.engine.enter(block, COMPUTE).expect("no faults");
-        run.sim.compute(COMPUTE, &[], 3 * truth.kernel(block));
-        run.engine.exit(COMPUTE).expect("no faults");
-    }
+    slowly(&run, &profile.order[..uses / 2]);
     assert!(run.flaky.reads() > reads, "times are read in the middle of a pass");
     let before = timed(&run);
-    for &block in &profile.order[uses / 2..] {
-        run.engine.enter(block, COMPUTE).expect("no faults");
-        run.sim.compute(COMPUTE, &[], 3 * truth.kernel(block));
-        run.engine.exit(COMPUTE).expect("no faults");
-    }
+    slowly(&run, &profile.order[uses / 2..]);
     run.engine.end_pass();
     assert_eq!(timed(&run), before, "in this pass only the first and the last use are timed");
-    let slower = Truth { kernel_ns: 3 * truth.kernel_ns, ..truth };
     run.mean(1, slower, &mut exactly);
     assert!(timed(&run) + 5 >= before + uses, "in the next one all");
 }
