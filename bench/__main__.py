@@ -1,4 +1,7 @@
-"""The entry: ``python -m bench run|compare|page|show``, and ``worker``, which ``run`` starts."""
+"""The entry: ``python -m bench run|compare|page|show``, and ``worker`` and ``reference``.
+
+``run`` starts these two.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ def main(argv: list[str]) -> int:
         from bench import worker
 
         return worker.main(argv[1:])
+    if argv[:1] == ["reference"]:
+        from bench import reference
+
+        return reference.main(argv[1:])
     from bench import commands
 
     return commands.main(argv)

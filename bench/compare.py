@@ -91,8 +91,8 @@ class Judge:
 
     def _best_peer(self, most: float) -> Iterator[str]:
         for name, cell in self._peers():
-            if self._ours["pass_s"] > most * cell["pass_s"]:
-                times = self._ours["pass_s"] / cell["pass_s"]
+            times = self._results.times(self._ours, cell)
+            if times > most:
                 yield f"{times:.3f} of the time of {name}, may be {most}"
 
     def _times_faster(self, wanted: dict[str, Any]) -> Iterator[str]:
@@ -106,8 +106,8 @@ class Judge:
             return
         for name, cell in self._peers():
             if name in wanted["engines"]:
-                took = cell["pass_s"]
-                yield name, took / self._ours["pass_s"], took / self._optimum_s
+                faster = 1 / self._results.times(self._ours, cell)
+                yield name, faster, faster * self._ours["pass_s"] / self._optimum_s
 
     def notes(self) -> Iterator[str]:
         """What a floor asks for and no policy could do."""

@@ -33,7 +33,7 @@ class _Reader:
     """A stream with kernels that read, and the thread that keeps them coming."""
 
     def __init__(self, device: torch.device, programs: int) -> None:
-        """Compiles the kernel, fills the queue and starts the thread."""
+        """Compiles the kernel and starts."""
         from bench.reader_kernel import launch
 
         self._launch, self._programs = launch, programs
@@ -42,6 +42,10 @@ class _Reader:
         self._target = torch.empty(programs * _STEP, dtype=torch.int32, device=device)
         # Blocking events: a spinning wait would take a processor from the measured program.
         self._events = [torch.cuda.Event(blocking=True) for _ in range(_QUEUED)]
+        self.start()
+
+    def start(self) -> None:
+        """Fills the queue and starts the thread; they were not running."""
         self._stop = threading.Event()
         for event in self._events:
             self._enqueue(event)
@@ -59,15 +63,39 @@ class _Reader:
                 event.synchronize()
                 self._enqueue(event)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Blocks until nothing reads any more."""
         self._stop.set()
         self._thread.join()
         self._stream.synchronize()
 
 
+class Load:
+    """Readers that run, or none."""
+
+    def __init__(self, reader: _Reader | None) -> None:
+        """Takes what runs."""
+        self._reader = reader
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Blocks until nothing reads, and has them read again at the end.
+
+        Another process that takes its turn brings readers of its own: a GPU shares its time out
+        between the kernels of two processes, so that these would take half of it.
+        """
+        if self._reader is None:
+            yield
+            return
+        self._reader.stop()
+        try:
+            yield
+        finally:
+            self._reader.start()
+
+
 @contextlib.contextmanager
-def eating(device: torch.device, count: int) -> Iterator[None]:
+def eating(device: torch.device, count: int) -> Iterator[Load]:
     """Runs ``count`` readers while open.
 
     Raises:
@@ -75,12 +103,12 @@ def eating(device: torch.device, count: int) -> Iterator[None]:
         ImportError: Triton, which comes with torch for CUDA, is not there.
     """
     if not count:
-        yield
+        yield Load(None)
         return
     if device.type != "cuda":
         raise ValueError(f"other readers need a CUDA device, found {device}")
     reader = _Reader(device, count)
     try:
-        yield
+        yield Load(reader)
     finally:
-        reader.close()
+        reader.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -35,10 +36,18 @@ class Effort:
     least: int = 3
     most: int = 8
     seconds: float = 1.2
+    rounds: int = 3
+    """Parts that the timed passes are in, where a reference takes turns with them."""
+    beside: int = 2
+    """Timed passes of the reference in each of its turns."""
 
     def passes(self, pass_s: float) -> int:
         """The number for passes of ``pass_s`` seconds."""
         return max(self.least, min(self.most, int(self.seconds / max(pass_s, 1e-6)) + 1))
+
+    def passes_of_round(self, pass_s: float) -> int:
+        """The number in each round."""
+        return max(1, math.ceil(self.passes(pass_s) / self.rounds))
 
 
 def wait(device: torch.device) -> None:
@@ -222,19 +231,28 @@ def link_rate(device: torch.device, paced: float | None, size: int = 1 << 28) ->
         if paced is None:
             raise ValueError("the CPU's link needs a rate in bytes per second, found None")
         return paced
-    source = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(size, dtype=torch.uint8, device=device)
-    rates = []
-    for turn in range(6):
+    probe = LinkProbe(device, size)
+    rates = [probe.rate(8) for _ in range(6)]
+    return float(statistics.median(rates[1:]))
+
+
+class LinkProbe:
+    """Page-locked memory and a place for it on the GPU; both stay allocated."""
+
+    def __init__(self, device: torch.device, size: int = 1 << 28) -> None:
+        """Allocates ``size`` bytes on either side."""
+        self._source = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._target = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def rate(self, copies: int) -> float:
+        """Bytes per second of copies in a row; blocks until they have ended."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(8):
-            target.copy_(source, non_blocking=True)
+        for _ in range(copies):
+            self._target.copy_(self._source, non_blocking=True)
         end.record()
         end.synchronize()
-        if turn:
-            rates.append(8 * size / (1e-3 * begin.elapsed_time(end)))
-    return float(statistics.median(rates))
+        return float(copies * self._source.numel() / (1e-3 * begin.elapsed_time(end)))
 
 
 def allocator_counts(device: torch.device) -> dict[str, int]:
@@ -246,10 +264,47 @@ def allocator_counts(device: torch.device) -> dict[str, int]:
     return {name: int(stats.get(name, 0)) for name in names}
 
 
-def steady(step: Step, x: Tensor, c: Tensor, effort: Effort) -> tuple[Timing, dict[str, float]]:
-    """Times passes after warming up; besides, what torch's allocator did in each of them."""
+def steady(
+    step: Step, x: Tensor, c: Tensor, effort: Effort, rest: Callable[[], None] | None = None
+) -> tuple[Timing, dict[str, float]]:
+    """Times passes after warming up; besides, what torch's allocator did in each of them.
+
+    Args:
+        step: What is timed.
+        x: Latents.
+        c: Conditioning.
+        effort: How many passes.
+        rest: Has the device for itself before the first round, between two and after the last;
+            a round begins with a pass that is not timed. Without it there is one round.
+    """
     warm = timed(step, x, c, effort.warm).median_s
+    if rest is None:
+        return _round(step, x, c, 0, effort.passes(warm))
+    found = []
+    for _ in range(effort.rounds):
+        rest()
+        found.append(_round(step, x, c, 1, effort.passes_of_round(warm)))
+    rest()
+    timings = [timing for timing, _ in found]
+    timing = Timing(
+        [seconds for timing in timings for seconds in timing.passes],
+        statistics.fmean(timing.enqueue_s for timing in timings),
+        statistics.fmean(timing.host_cpu_s for timing in timings),
+    )
+    names = found[0][1]
+    return timing, {name: statistics.fmean(counts[name] for _, counts in found) for name in names}
+
+
+def _round(
+    step: Step, x: Tensor, c: Tensor, first: int, passes: int
+) -> tuple[Timing, dict[str, float]]:
+    """Passes without a break of which the ``first`` are not timed; allocations of one of all.
+
+    The first ones count as allocations go: they are as steady as the others, and to read the
+    counts in between would hold the host up.
+    """
     before = allocator_counts(x.device)
-    timing = timed(step, x, c, effort.passes(warm))
+    timing = timed(step, x, c, first + passes)
     after = allocator_counts(x.device)
-    return timing, {name: (after[name] - before[name]) / len(timing.passes) for name in after}
+    counts = {name: (after[name] - before[name]) / (first + passes) for name in after}
+    return Timing(timing.passes[first:], timing.enqueue_s, timing.host_cpu_s), counts

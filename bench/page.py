@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bench.compare import FLOORS, HOST_DECIDES, misses, notes, overhead_bytes
 from bench.engines import ENGINES
 from bench.plans import PLANS
-from bench.table import account_rows, cell_text, engines_of, losers, ordered
+from bench.table import account_rows, cell_text, engines_of, link_text, losers, ordered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,14 +24,17 @@ _HEAD = """# Benchmarks
 
 Made by `python -m bench page` from the runs named below. Efficiency is the physical limit over the
 measured time, in percent. The limit of a pass is the larger of compute alone (the resident model,
-measured) and the bytes beyond the budget over the measured rate of page-locked copies. `ratio` is
-copy over compute: above 1 the link decides. One engine per process, the same blocks, inputs and
-budget; the output is compared with the resident run's, bit for bit. Times are medians of passes
-that are enqueued without a break. `best` is what no policy beats, whatever it keeps and copies
-when: a buffer takes room that residents lack (a linear program with the blocks' bytes and measured
-times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are as large
-and as many as the real models' (unless a width is named), weights random, positions (RoPE) left
-out.
+measured) and the bytes beyond the budget over the measured rate of page-locked copies. Both are
+measured beside each cell: another process with the resident model takes turns with the engine's
+passes, and engines are compared by what each took of its own limit. Cells without that, as those of
+older runs, have what was measured once for each model. `limit ms` is that of dgls_torch's cell;
+`ratio` is copy over compute: above 1 the link decides. One engine per process, the same blocks,
+inputs and budget; the output is compared with the resident run's, bit for bit. Times are medians of
+passes that are enqueued without a break. `best` is what no policy beats, whatever it keeps and
+copies when: a buffer takes room that residents lack (a linear program with the blocks' bytes and
+measured times, or as if all were equal where they were not timed; docs/plan-format.md). Layers are
+as large and as many as the real models' (unless a width is named), weights random, positions (RoPE)
+left out.
 
 Favours to peers: accelerate and diffusers have no budget, so evenly spaced residents are put on the
 device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
@@ -77,13 +80,14 @@ def _beds(results: Results) -> list[str]:
         value = results.value["beds"][key]
         if key != bed:
             bed = key
-            rate, size = value["link_bytes_per_s"] / 1e9, value["weight_bytes"] / 1e9
+            size = value["weight_bytes"] / 1e9
             lines += ["", f"### {value['title']}", ""]
-            lines += [f"{size:.2f} GB in {value['blocks']} blocks; link {rate:.1f} GB/s", ""]
+            link = link_text(results, key)
+            lines += [f"{size:.2f} GB in {value['blocks']} blocks; link {link}", ""]
             head = ("budget", "tokens", "ratio", "limit ms", "ours ms", "best", *names)
             lines += _markdown([head])
         one = next(iter(cells.values()))
-        limit, ours = results.limit(one), cells.get("dgls")
+        limit, ours = results.limit_of_place(cells), cells.get("dgls")
         took = f"{1e3 * ours['pass_s']:.1f}" if ours and ours["status"] == "ok" else ""
         texts = [cell_text(results, cells.get(name)) for name in names]
         marks = [_standing(results, cells), " host" * _is_host_bound(ours)]
@@ -146,7 +150,10 @@ def _skipped(results: Results) -> list[str]:
         if cell["status"] == "skipped":
             counts[cell["engine"]] = counts.get(cell["engine"], 0) + 1
     texts = [f"{name} {count}" for name, count in counts.items()]
-    return [f"No time was left for these cells: {', '.join(texts)}."] if texts else []
+    parts = [f"No time was left for these cells: {', '.join(texts)}."] if texts else []
+    for reason, count in results.without_beside().items():
+        parts.append(f"No limit was measured beside {count} cells: {reason}.")
+    return ["\n\n".join(parts)] if parts else []
 
 
 def _left(loaded: list[Results]) -> list[str]:

@@ -44,6 +44,7 @@ def _bed(
 _CI = Workload("flux", "bf16", 1 / 24, 0.25, text_tokens=2)
 _BRIEF = {"warm": 3, "least": 3, "most": 4, "seconds": 0.3}
 _SHORT = {"warm": 4, "least": 3, "most": 6, "seconds": 0.6}
+_LONG_PASSES = {"warm": 4, "least": 6, "most": 6}
 
 PLANS: dict[str, Sequence[Stage]] = {
     # What fails on this machine? A small model, every engine once.
@@ -80,7 +81,7 @@ PLANS: dict[str, Sequence[Stage]] = {
     ),
     # The largest of them at their real size.
     "full": tuple(
-        Stage(_bed(shape), (0.25, 0.5), (4.0, 1.0), FAST, (0.15, 0.75), _BRIEF)
+        Stage(_bed(shape), (0.25, 0.5), (4.0, 1.0), FAST, (0.15, 0.75), _LONG_PASSES)
         for shape in ("wan", "qwen", "hunyuan")
     ),
     # A slower link: about half of this machine's.
@@ -98,5 +99,5 @@ PLANS: dict[str, Sequence[Stage]] = {
         ),
     ),
     # The same for tests: seconds.
-    "ci": (Stage(Bed(_CI), (0.5,), (2.0,), ON_HOST, (1.05,), _BRIEF),),
+    "ci": (Stage(Bed(_CI), (0.5,), (2.0,), ON_HOST, (1.05,), _BRIEF | {"rounds": 2}),),
 }

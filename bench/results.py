@@ -142,21 +142,54 @@ class Results:
         self.value["cells"] = [*others, cell]
 
     def limit(self, cell: dict[str, Any]) -> Limit:
-        """The physical limit of a cell."""
+        """The physical limit of a cell: as measured beside it, else once for its bed."""
         bed = self.value["beds"][cell["bed"]]
+        once = {
+            "compute_s": bed["points"][cell["point"]]["compute_s"],
+            "link_bytes_per_s": bed["link_bytes_per_s"],
+        }
+        found = cell.get("beside_limit") or once
         return Limit(
             weight_bytes=bed["weight_bytes"],
             budget_bytes=cell["budget_bytes"],
-            compute_s=bed["points"][cell["point"]]["compute_s"],
-            link_bytes_per_s=bed["link_bytes_per_s"],
+            compute_s=found["compute_s"],
+            link_bytes_per_s=found["link_bytes_per_s"],
             blocks=bed["blocks"],
         )
 
+    def limit_of_place(self, place: dict[str, dict[str, Any]]) -> Limit:
+        """The limit of the cell of dgls_torch at a place, or of the first where it has none."""
+        return self.limit(place.get("dgls") or next(iter(place.values())))
+
     def optimum_s(self, place: dict[str, dict[str, Any]]) -> float:
         """What no policy beats at a place: proved where it was, else as if blocks were equal."""
-        cell = next(iter(place.values()))
         proved = place.get("dgls", {}).get("optimum_s")
-        return self.limit(cell).optimum_s if proved is None else float(proved)
+        return self.limit_of_place(place).optimum_s if proved is None else float(proved)
+
+    def times(self, cell: dict[str, Any], other: dict[str, Any]) -> float:
+        """How many times as long as ``other`` a cell took, at one place.
+
+        Where a limit was measured beside each of them, both are taken against their own: what the
+        machine was slower by in one of them is no engine's.
+        """
+        times = float(cell["pass_s"]) / float(other["pass_s"])
+        if cell.get("beside_limit") and other.get("beside_limit"):
+            times *= self.limit(other).seconds / self.limit(cell).seconds
+        return times
+
+    def rates_beside(self, bed: str) -> tuple[float, float] | None:
+        """The least and the greatest rate of the link beside a bed's cells, bytes per second."""
+        cells = (cell for cell in self.value["cells"] if cell["bed"] == bed)
+        found = [c["beside_limit"]["link_bytes_per_s"] for c in cells if c.get("beside_limit")]
+        return (min(found), max(found)) if found else None
+
+    def without_beside(self) -> dict[str, int]:
+        """Why limits were not measured beside cells, with the number of cells."""
+        counts: dict[str, int] = {}
+        for cell in self.value["cells"]:
+            if cell.get("beside_failed"):
+                counts[cell["beside_failed"]] = counts.get(cell["beside_failed"], 0) + 1
+        return counts
 
     def share(self, cell: dict[str, Any]) -> float:
         """The budget as a share of the weights."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import weights
+from bench import processes, weights
+from bench.cells import Point
 from bench.engines import ENGINES
 from bench.measure import Effort
+from bench.references import References
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bench.cells import Bed
     from bench.plans import Stage
     from bench.results import Results
 
@@ -27,6 +29,8 @@ _PATIENCE_S = 60.0
 """How long after its deadline a process may take before it is killed."""
 _LONGEST_S = 240.0
 """One engine at one bed gets no more: one that hangs must not take the others' time."""
+_ROOM_BESIDE = 2 << 30
+"""For what two processes hold on a GPU in any case, and the probe of the link."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,8 @@ class Process:
         self.engine = engine
         self._job, self._out = scratch / f"job{number}.json", scratch / f"out{number}.jsonl"
         self._log = (options.log or scratch / "log").open("a")
-        command = [options.python, "-m", "bench", "worker", engine]
-        command += [str(self._job), str(self._out)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            cwd=Path(__file__).resolve().parents[1],
-            # A profiler that stays attached makes each later call of the driver twice as slow.
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "TEARDOWN_CUPTI": "1"},
-            text=True,
-        )
+        words = ["worker", engine, str(self._job), str(self._out)]
+        self._process = processes.start(options.python, words, self._log)
 
     def go(self, job: dict[str, Any]) -> list[dict[str, Any]]:
         """Hands it the job; returns its rows, and one that says why if it died."""
@@ -91,10 +85,7 @@ class Process:
 
     def end(self) -> None:
         """Kills it if it still runs."""
-        self._process.kill()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
+        processes.end(self._process)
         self._log.close()
 
 
@@ -129,6 +120,8 @@ class Run:
         """Runs the tasks in order; saves after each."""
         with tempfile.TemporaryDirectory() as scratch:
             tasks = list(self._open_tasks())
+            log = self._options.log or Path(scratch) / "log"
+            self._references = References(self._options.python, Path(scratch), log)
             ahead = self._start(tasks[0], Path(scratch), 0) if tasks else None
             try:
                 for number, task in enumerate(tasks):
@@ -136,10 +129,12 @@ class Run:
                     assert now is not None
                     if number + 1 < len(tasks):
                         ahead = self._start(tasks[number + 1], Path(scratch), number + 1)
+                        self._prepare(task, tasks[number + 1])
                     self._one(task, now)
                     self._results.save(self._options.out)
                     self._remove_weights(task, tasks[number + 1 :])
             finally:
+                self._references.end()
                 if ahead is not None:
                     ahead.end()
 
@@ -169,6 +164,28 @@ class Run:
     def _start(self, task: _Task, scratch: Path, number: int) -> Process:
         return Process(task.engine, scratch, number, self._options)
 
+    def _prepare(self, task: _Task, following: _Task) -> None:
+        """Starts the reference of the next task's bed, if it has one: importing takes a while."""
+        bed = following.stage.bed
+        is_new = task.kind == "limits" and task.stage.bed == bed
+        if following.kind == "cells" and (is_new or self._cells(following.stage, following.engine)):
+            self._references.prepare(bed.key)
+
+    def _refer(self, task: _Task, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Where the bed's reference answers, settled; one of another bed has been ended."""
+        if task.kind != "cells":
+            self._references.rest()  # these have the device for themselves
+            return None
+        machine, bed = self._results.value["machine"], task.stage.bed
+        need = bytes_beside(self._results, bed, job["cells"], job["deep"])
+        if need > machine.get("gpu_bytes", need):
+            self._references.rest()
+            return {"failed": f"needs {need} bytes, the device has {machine['gpu_bytes']}"}
+        points = self._results.points(bed).values()
+        known = [{"tokens": point["tokens"], "pace_s": point["pace_s"]} for point in points]
+        wanted = job | {"engine": "resident", "cells": [], "points": known}
+        return self._references.of(bed.key, wanted, self._deadline)
+
     def _one(self, task: _Task, process: Process) -> None:
         begun, bed = time.time(), task.stage.bed
         deadline = min(self._deadline, begun + _LONGEST_S)
@@ -183,6 +200,8 @@ class Run:
             process.end()
             rows = [{"status": "skipped", "reason": "no time was left"}]
         else:
+            job["beside"] = self._refer(task, job)
+            job["deadline"] = min(self._deadline, time.time() + _LONGEST_S)
             rows = process.go(job)
         self._results.check_device(rows)
         if task.kind == "limits":
@@ -227,6 +246,7 @@ class Run:
             "points": self._untimed(stage) if task.kind == "limits" else [],
             "deep": options.deep,
             "hooks": not any(cell.get("hooks") for cell in self._results.value["cells"]),
+            "beside": None,
         }
 
     def _untimed(self, stage: Stage) -> list[dict[str, Any]]:
@@ -255,6 +275,21 @@ class Run:
                     fields = {"tokens": point["tokens"], "pace_s": point["pace_s"]}
                     cells.append((budget, fields))
         return cells
+
+
+def bytes_beside(
+    results: Results, bed: Bed, cells: list[tuple[int, dict[str, Any]]], deep: bool
+) -> int:
+    """What the device needs for cells with the reference beside them.
+
+    Two models where all fits: passes are then compared within the engine's process as well.
+    """
+    found, points = results.bed(bed) or {}, results.points(bed)
+    total = found["weight_bytes"]
+    copies = 2 if deep else 1
+    largest = max(copies * total if budget >= total else budget for budget, _ in cells)
+    workspace = max(points[Point(**fields).key].get("workspace_bytes", 0) for _, fields in cells)
+    return int(total + largest + 2 * workspace + _ROOM_BESIDE)
 
 
 def default_python() -> str:

@@ -32,10 +32,19 @@ def ordered(results: Results) -> list[tuple[tuple[str, int, str], dict[str, dict
     """The places by bed, budget and ratio."""
 
     def key(place: tuple[tuple[str, int, str], dict[str, Any]]) -> tuple[str, float, float]:
-        cell = next(iter(place[1].values()))
-        return place[0][0], place[0][1], results.limit(cell).ratio
+        return place[0][0], place[0][1], results.limit_of_place(place[1]).ratio
 
     return sorted(results.by_place(), key=key)
+
+
+def link_text(results: Results, bed: str) -> str:
+    """The rate of a bed's link, and the range of those measured beside its cells."""
+    text = f"{results.value['beds'][bed]['link_bytes_per_s'] / 1e9:.1f} GB/s"
+    found = results.rates_beside(bed)
+    if found is None:
+        return text
+    least, most = (f"{rate / 1e9:.1f}" for rate in found)
+    return f"{text}, beside the cells {least} to {most} GB/s"
 
 
 def print_table(results: Results) -> None:
@@ -47,11 +56,11 @@ def print_table(results: Results) -> None:
             bed = key
             value = results.value["beds"][key]
             size = value["weight_bytes"] / 1e9
-            print(f"\n{value['title']}: {size:.2f} GB, {value['link_bytes_per_s'] / 1e9:.1f} GB/s")
+            print(f"\n{value['title']}: {size:.2f} GB, {link_text(results, key)}")
             heads = "".join(f"{name[:11]:>13}" for name in names)
             print(f"{'budget':>7}{'point':>12}{'ratio':>7}{'limit ms':>10}{heads}")
         any_cell = next(iter(cells.values()))
-        limit = results.limit(any_cell)
+        limit = results.limit_of_place(cells)
         row = "".join(f"{cell_text(results, cells.get(name)):>13}" for name in names)
         share = f"{100 * results.share(any_cell):.0f} %"
         print(f"{share:>7}{point:>12}{limit.ratio:>7.2f}{1e3 * limit.seconds:>10.1f}{row}")
@@ -62,6 +71,8 @@ def print_table(results: Results) -> None:
             reasons[place] = reasons.get(place, 0) + 1
     for (engine, reason), count in reasons.items():
         print(f"{engine}, {count} cells: {reason}")
+    for reason, count in results.without_beside().items():
+        print(f"no limit beside {count} cells: {reason}")
     _print_accounts(results)
 
 
@@ -73,7 +84,7 @@ def losers(results: Results, cells: dict[str, dict[str, Any]], least: float = 1.
     return [
         name
         for name, cell in cells.items()
-        if cell["status"] == "ok" and cell["exact"] and least * cell["pass_s"] < ours["pass_s"]
+        if cell["status"] == "ok" and cell["exact"] and results.times(ours, cell) > least
     ]
 
 

@@ -20,6 +20,7 @@ from bench.engines import ENGINES, Attached, Engine, Setup
 if TYPE_CHECKING:
     import torch
 
+    from bench.beside import Turns
     from bench.cells import Bed, Point
     from bench.measure import Timing
 
@@ -52,6 +53,8 @@ class Job:
     """Whether to account for the time as well."""
     hooks: bool
     """Whether to measure the host's time at each call too."""
+    beside: dict[str, Any] | None = None
+    """Where the reference answers, as `bench.beside.Beside` takes it."""
 
 
 def _job(value: dict[str, Any]) -> Job:
@@ -75,7 +78,18 @@ def _job(value: dict[str, Any]) -> Job:
         points=[Point(**point) for point in value["points"]],
         deep=value["deep"],
         hooks=value["hooks"],
+        beside=value["beside"],
     )
+
+
+def start_job(path: Path) -> Job:
+    """Reads a job and sets torch's threads for it."""
+    import torch
+
+    job = _job(json.loads(path.read_text()))
+    if job.device.type == "cpu":
+        torch.set_num_threads(1)  # the link's thread needs a processor too
+    return job
 
 
 class Worker:
@@ -84,8 +98,10 @@ class Worker:
     def __init__(self, job: Job, engine: Engine, out: IO[str]) -> None:
         """Opens the device."""
         from bench import measure, weights
+        from bench.beside import Beside
 
         self.job, self.engine, self._out = job, engine, out
+        self._beside = Beside(job.beside, job.device)
         self._path = weights.make(job.bed.workload, job.folder, job.device)
         measure.wait(job.device)
         gc.collect()
@@ -107,10 +123,13 @@ class Worker:
     def run(self) -> None:
         """Measures all cells; a budget that fails costs its own cells only."""
         budgets = list(dict.fromkeys(budget for budget, _ in self.job.cells))
-        for budget in budgets:
-            self._budget(budget, [point for b, point in self.job.cells if b == budget])
-            gc.collect()
-            self.empty_cache()
+        try:
+            for budget in budgets:
+                self._budget(budget, [point for b, point in self.job.cells if b == budget])
+                gc.collect()
+                self.empty_cache()
+        finally:
+            self._beside.close()
 
     def _failed(self, budget: int, points: list[Point], error: BaseException) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -150,7 +169,7 @@ class Worker:
                 row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
                 is_first = len(left) == len(points)
                 row |= self._measure(attached, stack, budget, left[0], is_first)
-                self.write(row | self._optimum(stack, budget, left[0]))
+                self.write(row | self._optimum(stack, budget, left[0], row))
                 left.pop(0)
         except Exception as error:
             traceback.print_exc()
@@ -163,7 +182,9 @@ class Worker:
                 attached.close()
         return left
 
-    def _optimum(self, stack: Any, budget: int, point: Point) -> dict[str, Any]:
+    def _optimum(
+        self, stack: Any, budget: int, point: Point, row: dict[str, Any]
+    ) -> dict[str, Any]:
         """What no policy beats in a cell, with the blocks' measured times."""
         from bench.optimum import optimum_s
 
@@ -171,6 +192,9 @@ class Worker:
         if self.job.engine != "dgls" or link is None or "block_s" not in reference:
             return {}
         block_s, compute_s = reference["block_s"], reference["compute_s"]
+        if "beside_limit" in row:
+            beside = row["beside_limit"]
+            link, compute_s = beside["link_bytes_per_s"], beside["compute_s"]
         return {"optimum_s": optimum_s(stack, budget, link, block_s, compute_s)}
 
     def _cap(self, budget: int, point: Point, is_on: bool) -> None:
@@ -189,20 +213,23 @@ class Worker:
         self, attached: Attached, stack: Any, budget: int, point: Point, is_first: bool
     ) -> dict[str, Any]:
         """Measures a point; ``is_first`` of its budget."""
+        from bench.beside import Turns
         from bench.details import Cell, details
         from bench.eaters import eating
 
         stack.pace(point.pace_s)
         self.empty_cache()  # what other points left would count as memory in use
-        with eating(self.job.device, self.job.bed.eaters):
-            row, timing, x, c = self._passes(attached, point)
+        with eating(self.job.device, self.job.bed.eaters) as load:
+            compute_s = self.job.references.get(point.key, {}).get("compute_s", 0.0)
+            turns = Turns(self._beside, point, self.job.effort.beside, compute_s, load.paused)
+            row, timing, x, c = self._passes(attached, point, turns)
             if self.job.deep:
                 cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)
                 row |= details(cell)
         return row | {"facts": attached.facts()}
 
     def _passes(
-        self, attached: Attached, point: Point
+        self, attached: Attached, point: Point, turns: Turns
     ) -> tuple[dict[str, Any], Timing, torch.Tensor, torch.Tensor]:
         from bench import measure
 
@@ -212,7 +239,8 @@ class Worker:
         first_hash = measure.digest(step, x, c)
         first = (time.perf_counter() - begun) / measure.CHECKED_PASSES
         launch_s = measure.launch_s(job.device)
-        timing, allocations = measure.steady(step, x, c, job.effort)
+        rest = turns.take if turns.are_on else None
+        timing, allocations = measure.steady(step, x, c, job.effort, rest)
         watch = measure.Watch(job.device)
         with watch.open():
             last_hash = measure.digest(step, x, c)
@@ -228,11 +256,11 @@ class Worker:
             "host_cpu_s": timing.host_cpu_s,
             "hash": hashes[-1],
             "exact": all(found == reference.get("hash") for found in hashes),
-            "base_bytes": self.base_bytes,
+            "base_bytes": self._beside.base_bytes(self.base_bytes),
             "peak_bytes": watch.peak_bytes,
             "allocations": allocations,
         }
-        return row, timing, x, c
+        return row | turns.row(), timing, x, c
 
 
 def main(argv: list[str]) -> int:
@@ -257,12 +285,10 @@ def main(argv: list[str]) -> int:
         if failed is not None:
             out.write(json.dumps({"status": "failed", "reason": failed}) + "\n")
             return 0
-        job = _job(json.loads(Path(job_path).read_text()))
+        job = start_job(Path(job_path))
         if job.device.type == "cuda":
             row = {"kind": "device", "gpu": torch.cuda.get_device_name(job.device)}
             out.write(json.dumps(row) + "\n")
-        if job.device.type == "cpu":
-            torch.set_num_threads(1)  # the link's thread needs a processor too
         if job.ratios or job.points:
             from bench.limits import Limits
 

@@ -18,6 +18,7 @@ from bench import page  # noqa: E402
 from bench.commands import main  # noqa: E402
 from bench.compare import compare, misses, notes  # noqa: E402
 from bench.results import Results  # noqa: E402
+from bench.table import losers  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -162,6 +163,65 @@ def test_a_peer_over_the_budget_or_wrong_is_no_rival() -> None:
         assert found_in(results) == []
 
 
+def beside(cell: dict[str, Any], compute_s: float, gib_per_s: float = 10.0) -> None:
+    cell["beside_limit"] = {"compute_s": compute_s, "link_bytes_per_s": gib_per_s * GIB}
+
+
+def test_a_limit_beside_a_cell_replaces_that_of_its_bed() -> None:
+    results = good()
+    slow, alone = results.value["cells"][:2]
+    assert results.limit(slow).seconds == pytest.approx(1.5)  # as in files without any
+    beside(slow, 0.6, 8.0)
+    found = results.limit(slow)
+    assert (found.compute_s, found.copy_s) == (0.6, pytest.approx(15 / 8))
+    assert results.efficiency(slow) == pytest.approx(15 / 8 / 1.55)
+    assert results.limit(alone).seconds == pytest.approx(1.5)
+    assert any("is above 1.02" in miss for miss in found_in(results))
+    place = dict(results.by_place())[BED, 5 * GIB, "512"]
+    assert results.limit_of_place(place).seconds == pytest.approx(15 / 8)
+    # whichever cell of a place comes first
+    assert results.limit_of_place(dict(reversed(place.items()))) == found
+    assert results.optimum_s(dict(reversed(place.items()))) == found.optimum_s
+
+
+def test_a_slow_moment_of_the_machine_is_no_defeat() -> None:
+    results = good()
+    ring = results.value["cells"][4]
+    ring["pass_s"] = 1.5
+    beside(ring, 0.5, 10.0 * 1.55 / 1.5)  # the link was as much faster beside it
+    assert any("1.033 of the time of ring" in miss for miss in found_in(results))
+    beside(first(results), 0.5)
+    assert found_in(results) == []
+    place = dict(results.by_place())[BED, 5 * GIB, "512"]
+    assert losers(results, place) == []
+    ring.pop("beside_limit")  # of one cell only it is no use
+    assert losers(results, place) == ["ring"]
+
+
+def test_a_good_moment_of_the_machine_is_no_victory() -> None:
+    results = good()
+    ring = results.value["cells"][4]
+    beside(first(results), 0.5, 10.1)
+    beside(ring, 0.5, 8.5)
+    # 1.7 s as before, but that was 0.963 of 1.765 s: ours 1.55 s is 0.958 of 1.485 s
+    (name,) = losers(results, dict(results.by_place())[BED, 5 * GIB, "512"])
+    assert name == "ring"
+    beside(ring, 0.5, 8.4)
+    assert any("of the time of ring, may be 1.01" in miss for miss in found_in(results))
+
+
+def test_times_faster_is_against_the_limits_beside() -> None:
+    results = good()
+    linear = results.value["cells"][6]
+    linear["pass_s"] = 2.41  # 1.55 times as long as ours
+    assert found_in(results) == []
+    beside(first(results), 0.5)
+    beside(linear, 0.5, 8.3)
+    assert any("1.29 times faster than aimdo-linear" in miss for miss in found_in(results))
+    linear["pass_s"] = 1.9  # so near to its limit that nobody could be 1.3 times as fast
+    assert any("no policy could be more than 1.03" in note for note in notes(results, FLOORS))
+
+
 def test_what_no_policy_could_do_is_a_note() -> None:
     results = good()
     assert notes(results, FLOORS) == []
@@ -228,6 +288,24 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
     # the line of the account of the engine that was faster needs its account
     assert "ring" in text
     assert "<svg" in (tmp_path / "benchmarks.svg").read_text()
+
+
+def test_the_page_shows_the_limits_beside_cells(tmp_path: Path) -> None:
+    results = good()
+    cells = results.value["cells"]
+    beside(cells[0], 0.5, 8.0)
+    beside(cells[4], 0.5, 9.5)
+    cells[5]["beside_failed"] = "the reference ended with status 7"
+    target = tmp_path / "benchmarks.md"
+    page.write([results], target)
+    text = target.read_text()
+    for wanted in (
+        "link 10.7 GB/s, beside the cells 8.6 to 10.2 GB/s",
+        "| 25 % | 512 | 3.75 | 1875.0 | 1550.0 |",
+        "No limit was measured beside 1 cells: the reference ended with status 7.",
+        "takes turns with the engine's",
+    ):
+        assert wanted in text, wanted
 
 
 def test_the_curve_is_the_median_of_neighbours() -> None:

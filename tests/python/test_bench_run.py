@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bench_path
 import pytest
@@ -16,12 +18,11 @@ import pytest
 bench_path.put_on_path()
 
 from bench import run  # noqa: E402
+from bench.cells import Bed  # noqa: E402
 from bench.commands import main  # noqa: E402
+from bench.measure import Effort  # noqa: E402
 from bench.plans import PLANS, Stage  # noqa: E402
 from bench.results import Results  # noqa: E402
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def measure(folder: Path, *more: str, minutes: str = "4") -> int:
@@ -58,6 +59,23 @@ def test_every_engine_is_measured_and_exact(done: Path) -> None:
     assert all(len(point["block_s"]) == bed["blocks"] for point in bed["points"].values())
     assert bed["link_bytes_per_s"] == 2e8
     assert not list((done / "weights").glob("*"))
+
+
+def test_the_limit_of_each_cell_is_measured_beside_it(done: Path) -> None:
+    results = Results.load(done / "results.json")
+    effort = Effort(**PLANS["ci"][0].effort)
+    for cell in results.value["cells"]:
+        assert "beside_failed" not in cell
+        beside = cell["beside_limit"]
+        counts = [len(turn["passes_s"]) for turn in beside["rounds"]]
+        assert counts == [effort.beside] * (effort.rounds + 1)
+        assert len(cell["passes_s"]) % effort.rounds == 0
+        assert effort.least <= len(cell["passes_s"]) < effort.most + effort.rounds
+        assert results.limit(cell).compute_s == beside["compute_s"] > 0
+        assert results.limit(cell).link_bytes_per_s == beside["link_bytes_per_s"] == 2e8
+    # where all fits no policy beats compute alone, as it was beside the cell
+    fits = results.value["cells"][1]
+    assert fits["optimum_s"] == fits["beside_limit"]["compute_s"]
 
 
 def test_a_second_run_measures_nothing_again(done: Path) -> None:
@@ -106,6 +124,103 @@ def test_a_process_that_dies_leaves_its_status(
     assert {(cell["status"], cell["reason"]) for cell in cells} == {
         ("failed", "the process ended with status 7")
     }
+
+
+def children() -> list[str]:
+    """Processes that this one started, those included that ended and nobody waited for."""
+    tasks = Path("/proc/self/task").iterdir()
+    return sorted(pid for task in tasks for pid in (task / "children").read_text().split())
+
+
+def without_cells(done: Path, folder: Path) -> dict[str, Any]:
+    """The limits of a run, written for another."""
+    value: dict[str, Any] = json.loads((done / "results.json").read_text()) | {"cells": []}
+    (folder / "results.json").write_text(json.dumps(value))
+    return value
+
+
+def test_a_reference_that_cannot_start_costs_no_cell(done: Path, tmp_path: Path) -> None:
+    before = children()
+    without_cells(done, tmp_path)
+    path = tmp_path / "python"
+    text = '#!/bin/sh\n[ "$3" != reference ] || { echo reference >> "$0.log"; read line; exit 7; }'
+    path.write_text(f'{text}\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    more = ("--engines", "ring,original", "--no-deep")
+    assert measure(tmp_path, "--python", str(path), *more) == 0
+    results = Results.load(tmp_path / "results.json")
+    assert [cell["engine"] for cell in results.value["cells"]] == ["ring", "original"]
+    for cell in results.value["cells"]:
+        assert cell["status"] == "ok"
+        assert cell["beside_failed"] == "the reference ended with status 7"
+        bed = results.value["beds"][cell["bed"]]
+        assert results.limit(cell).compute_s == bed["points"][cell["point"]]["compute_s"]
+    assert (tmp_path / "python.log").read_text() == "reference\n"  # tried once for the bed
+    assert children() == before
+
+
+def test_a_device_too_small_for_both_does_without(done: Path, tmp_path: Path) -> None:
+    value = without_cells(done, tmp_path)
+    value["machine"]["gpu_bytes"] = 1000
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    assert measure(tmp_path, "--engines", "ring", "--no-deep") == 0
+    results = Results.load(tmp_path / "results.json")
+    (cell,) = results.value["cells"]
+    bed = Bed.from_json(next(iter(value["beds"].values()))["bed"])
+    fields = {"tokens": 3, "pace_s": results.points(bed)[cell["point"]]["pace_s"]}
+    need = run.bytes_beside(results, bed, [(cell["budget_bytes"], fields)], False)
+    assert cell["status"] == "ok"
+    assert cell["beside_failed"] == f"needs {need} bytes, the device has 1000"
+
+
+def test_what_a_device_needs_for_both(done: Path) -> None:
+    results = Results.load(done / "results.json")
+    found = next(iter(results.value["beds"].values()))
+    bed = Bed.from_json(found["bed"])
+    (point,) = found["points"].values()
+    point["workspace_bytes"] = 7
+    found["weight_bytes"] = 1000
+    fields = {"tokens": point["tokens"], "pace_s": point["pace_s"]}
+
+    def need(deep: bool, *budgets: int) -> int:
+        cells = [(budget, fields) for budget in budgets]
+        return run.bytes_beside(results, bed, cells, deep) - run._ROOM_BESIDE
+
+    assert need(True, 250, 750) == 1000 + 750 + 14
+    assert need(False, 1050) == 1000 + 1000 + 14
+    assert need(True, 250, 1050) == 1000 + 2000 + 14  # compared with one more in its process
+
+
+def test_limits_and_weights_have_the_device_for_themselves(done: Path, tmp_path: Path) -> None:
+    options = run.Options("cpu", tmp_path, tmp_path / "out", 1.0, 2e8, sys.executable)
+    one = run.Run(list(PLANS["ci"]), options, Results.load(done / "results.json"))
+    seen: list[str] = []
+    one._references = SimpleNamespace(rest=lambda: seen.append("rest"))
+    for kind in ("weights", "limits"):
+        assert one._refer(run._Task(PLANS["ci"][0], "resident", kind), {}) is None
+    assert seen == ["rest", "rest"]
+
+
+def test_nothing_is_left_over(done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = children()
+    without_cells(done, tmp_path)
+    assert measure(tmp_path, "--engines", "ring", "--no-deep") == 0
+    assert "beside_limit" in Results.load(tmp_path / "results.json").value["cells"][0]
+    assert children() == before
+    # nor where the run itself fails while the reference waits
+    without_cells(done, tmp_path)
+    found: list[list[str]] = []
+
+    def save(self: Results, _path: Path) -> None:
+        if self.value["cells"]:
+            found.append(children())
+            raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(Results, "save", save)
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        measure(tmp_path, "--engines", "ring", "--no-deep")
+    assert len(found[0]) == len(before) + 1
+    assert children() == before
 
 
 def ends_with_7(folder: Path) -> Path:
