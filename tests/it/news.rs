@@ -40,6 +40,24 @@ fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
 }
 
 #[test]
+fn pauses_after_some_passes_keep_no_better_plan_away() {
+    let truth = Truth { kernel_ns: 2_350_000, double: 10, ns_per_kib: 19 };
+    let mut profile = all()[1].profile(2, 150.0, 25e9);
+    profile.times = None;
+    for pause_ns in [0, 500_000_000] {
+        let mut run = Run::new(&profile, 7 * GB, Adapt::AtOnce);
+        for number in 0..12 {
+            run.pass(truth, &mut exactly);
+            if number % 3 == 1 {
+                run.sim.compute(COMPUTE, &[], pause_ns);
+            }
+        }
+        assert_eq!(run.engine.stats().counters.adopted, 1, "with pauses of {pause_ns} ns");
+        run.finish();
+    }
+}
+
+#[test]
 fn what_the_first_block_tells_is_known_within_its_pass() {
     let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
     let profile = all()[0].profile(2, 150.0, 25e9);

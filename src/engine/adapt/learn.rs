@@ -113,7 +113,12 @@ impl Core {
         }
         let Some(pass) = found.pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
-        if due && !self.review.is_open() && self.proposal.is_none() && !self.order.has_learned() {
+        if !due || self.proposal.is_some() || self.order.has_learned() {
+            return;
+        }
+        if self.review.is_open() {
+            self.tuner.put_off();
+        } else {
             let question = self.question();
             self.review.start(self.spec.options.adapt, question);
         }
@@ -175,6 +180,26 @@ mod tests {
     use crate::driver::UseTimes;
     use crate::engine::adapt::change::tests::core;
 
+    /// Use `number`, of a millisecond, for which a MiB was copied in half of that.
+    fn record(number: u64) -> Record {
+        let begun_ns = number * 1_000_000;
+        Record {
+            number,
+            block: narrow(index(number % 8)),
+            bytes: 1 << 20,
+            stretch_bytes: 1 << 20,
+            stretch_cost: 1 << 20,
+            stretch_copies: 1,
+            times: UseTimes {
+                copy_start_ns: begun_ns,
+                copy_end_ns: begun_ns + 500_000,
+                wait_ns: begun_ns,
+                start_ns: begun_ns,
+                end_ns: begun_ns + 1_000_000,
+            },
+        }
+    }
+
     #[test]
     fn the_first_pass_of_a_plan_that_was_taken_up_counts_with_what_it_takes_longer() {
         let mut core = core();
@@ -182,24 +207,22 @@ mod tests {
         core.plan.period_s = Some(1e-3);
         core.tuner.paused(0.01);
         core.is_fresh = true;
-        for number in 0..16 {
-            let times = UseTimes {
-                wait_ns: number * 1_000_000,
-                start_ns: number * 1_000_000,
-                end_ns: (number + 1) * 1_000_000,
-                ..UseTimes::default()
-            };
-            core.learn(&Record {
-                number,
-                block: narrow(index(number % 8)),
-                bytes: 0,
-                stretch_bytes: 0,
-                stretch_cost: 0,
-                stretch_copies: 0,
-                times,
-            });
-        }
+        (0..16).for_each(|number| core.learn(&record(number)));
         let pause_s = core.tuner.pause_s().expect("told");
         assert!((pause_s - 0.017).abs() < 1e-9, "{pause_s}: 8 ms instead of 1, once");
+    }
+
+    #[test]
+    fn a_search_that_is_due_while_another_is_open_comes_after_it() {
+        let mut core = core();
+        core.spec.options.adapt = Adapt::AtOnce;
+        // The first two passes are due; nobody takes what the first search has found.
+        (0..17).for_each(|number| core.learn(&record(number)));
+        assert!(core.review.is_open());
+        let _ = core.review.take();
+        (17..24).for_each(|number| core.learn(&record(number)));
+        assert!(!core.review.is_open(), "not before the pass has ended");
+        core.learn(&record(24));
+        assert!(core.review.is_open());
     }
 }

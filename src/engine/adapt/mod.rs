@@ -5,6 +5,7 @@ mod change;
 mod learn;
 mod review;
 mod tuner;
+mod usual;
 
 pub(in crate::engine) use assembly::Assembly;
 pub use review::Adapt;

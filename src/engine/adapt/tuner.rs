@@ -11,8 +11,10 @@
 //! ```
 //!
 //! A change of more than 15 % is no noise: another resolution, another program on the link. It is
-//! taken over at once instead of being smoothed.
+//! taken over at once instead of being smoothed. Between passes the median of the last five counts:
+//! with their mean a few pauses made the link look idle for longer than any plan could save.
 
+use super::usual::{Outside, Watched};
 use crate::plan::{Link, Times};
 use crate::units::real;
 
@@ -30,10 +32,6 @@ const PATIENCE: u64 = 4;
 pub(super) const LATENCY_S: f64 = 5e-6;
 /// The longest pause that a change of plan is charged with.
 const MOST_PAUSE_S: f64 = 0.2;
-/// What another time than before adds to the unrest, of which each like it takes 1 away; and the
-/// most of it with which another time is news.
-const UNREST: u8 = 2;
-const CALM: u8 = 6;
 /// Time outside of the blocks that counts, in passes: more is a pause between two runs.
 const MOST_OUTSIDE: f64 = 2.0;
 
@@ -65,7 +63,7 @@ pub enum Reason {
 #[derive(Debug, Default)]
 pub struct Tuner {
     compute_s: Vec<f64>,
-    outside_s: f64,
+    outside: Outside,
     bytes_per_s: Option<f64>,
     passes: u64,
     /// Measurements in the estimates of compute and of the rate: since the last change.
@@ -140,16 +138,14 @@ impl Tuner {
         let known = self.compute_s.iter().sum::<f64>();
         if self.compute_s.len() != pass.compute_s.len() || moved(known, measured, JUMP) {
             self.compute_s.clone_from(&pass.compute_s);
-            self.outside_s = pass.outside_s;
             self.samples.0 = 1;
         } else {
             let new = share_of_next(&mut self.samples.0);
             for (known, &now) in self.compute_s.iter_mut().zip(&pass.compute_s) {
                 *known += new * (now - *known);
             }
-            self.outside_s += new * (pass.outside_s - self.outside_s);
         }
-        self.outside_s = self.outside_s.min(MOST_OUTSIDE * measured);
+        self.outside.note(pass.outside_s.min(MOST_OUTSIDE * measured));
         if let Some((bytes, seconds)) = pass.copied {
             let rate = real(bytes) / seconds;
             let known = self.bytes_per_s.filter(|&known| !moved(known, rate, JUMP));
@@ -178,9 +174,14 @@ impl Tuner {
         if moved(compute_s, now, MOVED) || moved(before, rate, MOVED) {
             return Some(Reason::Moved);
         }
-        let inside_s = predicted_s? - self.outside_s;
+        let inside_s = predicted_s? - self.outside.usual_s();
         let missed = self.passes >= self.missed_again && moved(inside_s, pass.inside_s, MISSED);
         missed.then_some(Reason::Missed)
+    }
+
+    /// A plan was to be looked for, and one is being looked for still: the next pass is due.
+    pub fn put_off(&mut self) {
+        self.due = self.passes + 1;
     }
 
     /// Times of an order of `uses` uses, if they are known.
@@ -188,7 +189,7 @@ impl Tuner {
         let bytes_per_s = self.bytes_per_s?;
         (uses > 0 && self.compute_s.len() == uses).then(|| Times {
             compute_s: self.compute_s.clone(),
-            outside_s: self.outside_s,
+            outside_s: self.outside.usual_s(),
             link: Link { bytes_per_s, latency_s: LATENCY_S },
         })
     }
@@ -206,29 +207,8 @@ fn share_of_next(samples: &mut u32) -> f64 {
     (1.0 / f64::from(*samples)).max(LEAST_NEW)
 }
 
-/// What takes about the same time in each pass, until something changes. Where hardly two are alike
-/// that is no news: to time all passes would cost more than it tells.
-#[derive(Debug, Default)]
-struct Watched {
-    seconds: Option<f64>,
-    unrest: u8,
-}
-
-impl Watched {
-    fn is_news(&mut self, seconds: f64, share: f64) -> bool {
-        let before = self.seconds.replace(seconds);
-        let other = before.is_some_and(|before| moved(before, seconds, share));
-        self.unrest = if other {
-            (self.unrest + UNREST).min(2 * CALM)
-        } else {
-            self.unrest.saturating_sub(1)
-        };
-        other && self.unrest <= CALM
-    }
-}
-
 /// Whether a number moved by more than a share of itself.
-fn moved(from: f64, to: f64, share: f64) -> bool {
+pub(super) fn moved(from: f64, to: f64, share: f64) -> bool {
     (to - from).abs() > share * from
 }
 
@@ -282,6 +262,32 @@ mod tests {
         tuner.observe(&pass(0.1, 0.5e9), None);
         tuner.observe(&pass(0.1, 0.52e9), None);
         assert!((rate(&tuner) - 0.51e9).abs() < 1.0, "nothing is left of before a jump");
+    }
+
+    #[test]
+    fn of_what_lies_between_passes_pauses_do_not_count() {
+        let mut tuner = Tuner::new();
+        let outside_s = |tuner: &Tuner| tuner.times(4).expect("known").outside_s;
+        let found = [0.5, 0.01, 0.02, 0.6, 0.01, 0.7, 0.03].map(|seconds| {
+            tuner.observe(&PassTimes { outside_s: seconds, ..pass(0.1, 1e9) }, None);
+            outside_s(&tuner)
+        });
+        assert_eq!(found, [0.5, 0.01, 0.02, 0.02, 0.02, 0.02, 0.03]);
+        for _ in 0..3 {
+            tuner.observe(&PassTimes { outside_s: 60.0, ..pass(0.1, 1e9) }, None);
+        }
+        assert!((outside_s(&tuner) - MOST_OUTSIDE * 0.4).abs() < 1e-9, "it is always that long");
+    }
+
+    #[test]
+    fn what_was_put_off_is_due_at_the_next_pass() {
+        let mut tuner = Tuner::new();
+        let mut observe = |tuner: &mut Tuner| tuner.observe(&pass(0.1, 1e9), Some(0.4));
+        let first: Vec<_> = (0..4).map(|_| observe(&mut tuner)).collect();
+        assert_eq!(first, [Some(Reason::Due), Some(Reason::Due), None, Some(Reason::Due)]);
+        tuner.put_off();
+        assert_eq!(observe(&mut tuner), Some(Reason::Due));
+        assert_eq!(observe(&mut tuner), None);
     }
 
     #[test]
