@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it that starts tests in the background; some of them send it to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 put_on_path()
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -375,6 +375,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
     torch.set_num_threads(1)
+    # A shell that starts it in the background has it ignore SIGINT, which it sends to itself.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.set_threshold(200)  # finalizers run at random moments as well
     fake = os.environ.get("FAKE")
     if fake:

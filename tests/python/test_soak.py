@@ -20,12 +20,12 @@ FOLDER = Path(__file__).parent
 
 
 def soak(
-    arguments: Sequence[str], fake_driver: Path, script: str = ""
+    arguments: Sequence[str], fake_driver: Path, script: str = "", before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     environment = {key: os.environ[key] for key in os.environ if not key.startswith("DGLS_")}
     environment |= {"FAKE": str(fake_driver), "PYTHONPATH": str(FOLDER)}
     what = ["-c", script] if script else [str(FOLDER / "soak.py")]
-    command = [sys.executable, *what, *arguments]
+    command = [*before, sys.executable, *what, *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -49,3 +49,9 @@ def test_a_wrong_result_would_be_seen(fake_driver: Path) -> None:
     assert done.returncode == 1
     assert re.search(r"soak: seed \d+ failed", done.stderr)
     assert "AssertionError: a wrong result" in done.stderr
+
+
+def test_a_soak_that_a_script_started_in_the_background(fake_driver: Path) -> None:
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    done = soak(["--seconds", "2"], fake_driver, before=ignoring)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr[-3000:]
