@@ -44,14 +44,15 @@ def in_a_fork(body: Callable[[], None], *, seconds: float = 60.0) -> str:
         os._exit(0)
     os.close(writes)
     end = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return "the child hangs"
         time.sleep(0.001)
     with open(reads, encoding="utf-8") as pipe:
-        return pipe.read()
+        raised = pipe.read()
+    return raised if ended[1] == 0 else f"{raised}the child ended with status {ended[1]}"
 
 
 def run(model: torch.nn.Module) -> torch.Tensor:
