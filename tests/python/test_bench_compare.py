@@ -269,12 +269,16 @@ def test_results_of_another_format_are_refused() -> None:
         Results({"format": 2})
 
 
+def page_of(results: Results, folder: Path) -> str:
+    target = folder / "benchmarks.md"
+    page.write([results], target)
+    return target.read_text()
+
+
 def test_the_page_shows_everything(tmp_path: Path) -> None:
     results = good()
     results.value["cells"][4]["pass_s"] = 1.5
-    target = tmp_path / "benchmarks.md"
-    page.write([results], target)
-    text = target.read_text()
+    text = page_of(results, tmp_path)
     for wanted in (
         "a GPU; a CPU, 16 cores",
         "`python -m bench run` (2026-01-01)",
@@ -296,9 +300,7 @@ def test_the_page_shows_the_limits_beside_cells(tmp_path: Path) -> None:
     beside(cells[0], 0.5, 8.0)
     beside(cells[4], 0.5, 9.5)
     cells[5]["beside_failed"] = "the reference ended with status 7"
-    target = tmp_path / "benchmarks.md"
-    page.write([results], target)
-    text = target.read_text()
+    text = page_of(results, tmp_path)
     for wanted in (
         "link 10.7 GB/s, beside the cells 8.6 to 10.2 GB/s",
         "| 25 % | 512 | 3.75 | 1875.0 | 1550.0 |",
