@@ -155,6 +155,7 @@ class Limits(Worker):
             "workspace_bytes": reserved - held,
             "base_bytes": self.base_bytes,
             "peak_bytes": watch.peak_bytes,
+            "gaps_bytes": watch.gaps_bytes,
             "host_cpu_s": timing.host_cpu_s,
             "allocations": allocations,
         }

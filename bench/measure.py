@@ -181,13 +181,14 @@ class BlockTimes:
 
 
 class Watch:
-    """The most device memory in use, as the driver sees it, while it is open."""
+    """The most device memory in use while open, as the driver and torch's allocator see it."""
 
     def __init__(self, device: torch.device) -> None:
         """Takes ``device``; on the CPU nothing is watched."""
         self._device = device
         self._stop = threading.Event()
         self._least_free: int | None = None
+        self._gaps_bytes: int | None = None
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
@@ -197,10 +198,11 @@ class Watch:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Samples every two milliseconds."""
+        """Samples every two milliseconds; torch's own peaks begin anew."""
         if self._device.type != "cuda":
             yield
             return
+        torch.cuda.reset_peak_memory_stats(self._device)
         thread = threading.Thread(target=self._sample, name="bench-watch")
         thread.start()
         try:
@@ -208,6 +210,13 @@ class Watch:
         finally:
             self._stop.set()
             thread.join()
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        self._gaps_bytes = reserved - torch.cuda.max_memory_allocated(self._device)
+
+    @property
+    def gaps_bytes(self) -> int | None:
+        """Bytes that torch's allocator had from the driver at the peak, and nobody from it."""
+        return self._gaps_bytes
 
     @property
     def peak_bytes(self) -> int | None:

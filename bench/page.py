@@ -7,7 +7,14 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from bench.compare import FLOORS, HOST_DECIDES, misses, notes, overhead_bytes
+from bench.compare import (
+    FLOORS,
+    HOST_DECIDES,
+    gaps_beyond_resident,
+    misses,
+    notes,
+    overhead_bytes,
+)
 from bench.engines import ENGINES
 from bench.plans import PLANS
 from bench.table import account_rows, cell_text, engines_of, link_text, losers, ordered
@@ -47,7 +54,9 @@ weights, and a sixteenth of the budget but at least 256 MiB) and was measured wi
 launches were more than a tenth of the pass, so the host limits; the resident run then is as noisy
 as the rest, and values pass 100. `launch us`: what the host took to launch a kernel, from the best
 cell to the worst; where it is empty, the profiler of earlier cells had stayed attached and made
-each launch up to twice as slow.
+each launch up to twice as slow. `torch's gaps`: what torch's allocator held at the peak and nobody
+had of it, beyond the same in the resident run; which segments have room for a small tensor when it
+comes is chance.
 """
 
 
@@ -112,12 +121,16 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
-    rows: list[tuple[str, ...]] = [
-        ("column", "engine", "most over the budget", "hooks us", "host CPU ms", "launch us")
-    ]
+    head = ("column", "engine", "most over the budget", "of it torch's gaps")
+    rows: list[tuple[str, ...]] = [(*head, "hooks us", "host CPU ms", "launch us")]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
-        over = [found for c in cells if (found := overhead_bytes(results, c)) is not None]
+        over = [
+            (found, gaps_beyond_resident(results, c))
+            for c in cells
+            if (found := overhead_bytes(results, c)) is not None
+        ]
+        most, gaps = max(over, key=lambda pair: pair[0], default=(None, None))
         hooks = [c["hooks"]["call_s"] for c in cells if "call_s" in (c.get("hooks") or {})]
         host = [c["host_cpu_s"] for c in cells]
         launches = [1e6 * c["launch_s"] for c in cells if c.get("launch_s")]
@@ -125,7 +138,8 @@ def _memory(results: Results) -> list[str]:
             (
                 name,
                 ENGINES[name].title,
-                f"{max(over) / 2**20:.0f} MiB" if over else "",
+                "" if most is None else f"{most / 2**20:.0f} MiB",
+                "" if gaps is None else f"{gaps / 2**20:.0f} MiB",
                 f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
                 f"{1e3 * statistics.median(host):.1f}" if host else "",
                 f"{min(launches):.1f} to {max(launches):.1f}" if launches else "",

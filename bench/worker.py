@@ -258,6 +258,7 @@ class Worker:
             "exact": all(found == reference.get("hash") for found in hashes),
             "base_bytes": self._beside.base_bytes(self.base_bytes),
             "peak_bytes": watch.peak_bytes,
+            "gaps_bytes": watch.gaps_bytes,
             "allocations": allocations,
         }
         return row | turns.row(), timing, x, c

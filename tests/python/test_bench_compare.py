@@ -7,6 +7,7 @@ Method: one good set of results, made by hand, and one change at a time.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import bench_path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 FLOORS_PATH = bench_path.ROOT / "bench" / "floors.json"
 FLOORS = json.loads(FLOORS_PATH.read_text())
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 BED = "flux-bf16"
 
 
@@ -105,6 +106,13 @@ def first(results: Results) -> dict[str, Any]:
     return found
 
 
+def over_with_gaps(results: Results, over_bytes: int, gaps_bytes: int) -> None:
+    """The first cell so much over its budget, and with so much more of gaps than the resident."""
+    one = first(results)
+    one.update(peak_bytes=one["peak_bytes"] + over_bytes, gaps_bytes=GIB + gaps_bytes)
+    results.value["beds"][BED]["points"]["512"]["gaps_bytes"] = GIB
+
+
 CHANGES: list[tuple[str, Callable[[Results], Any]]] = [
     ("efficiency 0.938, needs 0.95 (copy)", lambda r: first(r).update(pass_s=1.6)),
     (
@@ -140,6 +148,10 @@ CHANGES: list[tuple[str, Callable[[Results], Any]]] = [
     (
         "1024 MiB over the budget",
         lambda r: first(r).update(peak_bytes=first(r)["peak_bytes"] + GIB),
+    ),
+    (
+        "512 MiB over the budget, 200 of them gaps of torch's allocator; may be 256 MiB beside",
+        lambda r: over_with_gaps(r, 512 * MIB, 200 * MIB),
     ),
     ("peak was not measured", lambda r: first(r).update(peak_bytes=None)),
     ("+3.0 % off", lambda r: first(r)["account"].update(off=0.03)),
@@ -273,6 +285,14 @@ def page_of(results: Results, folder: Path) -> str:
     target = folder / "benchmarks.md"
     page.write([results], target)
     return target.read_text()
+
+
+def test_gaps_of_torchs_allocator_are_told_and_count_for_nothing(tmp_path: Path) -> None:
+    results = good()
+    over_with_gaps(results, 512 * MIB, 300 * MIB)
+    assert found_in(results) == []
+    (row,) = re.findall(r"\| dgls \| dgls_torch .*", page_of(results, tmp_path))
+    assert "| 512 MiB | 300 MiB |" in row
 
 
 def test_the_page_shows_everything(tmp_path: Path) -> None:
