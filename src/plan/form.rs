@@ -28,7 +28,7 @@ pub fn plan_json(inputs: &str) -> Result<String> {
         .map_err(|error| Error::Invalid(format!("the inputs are not JSON: {error}")))?;
     let inputs = Inputs::read(&value)?;
     let mut problem = inputs.problem();
-    let answer = match find_in(&mut problem, || inputs.problem()) {
+    let answer = match find_in(&mut problem, || inputs.problem(), None) {
         Ok(found) => written(&problem, &found, inputs.verify)?,
         Err(Error::BudgetTooSmall { block, need_bytes, budget_bytes }) => json!({
             "infeasible": true,

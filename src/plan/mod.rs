@@ -7,8 +7,9 @@
 //!
 //! In reading order: `problem` is what a search works on, `splits` how a block can be taken
 //! apart, `level` how much each should stream, `place` gives addresses, `steps` waits and times,
-//! `trial` picks the best of what `search` proposes, `program` is the outcome, `check` proves it
-//! legal, `bound` says how much better any plan could be, `form` is the JSON of it all.
+//! `trial` picks the best of what `search` proposes (`search/near` knows what is on the device
+//! already), `program` is the outcome, `check` proves it legal, `bound` says how much better any
+//! plan could be, `form` is the JSON of it all.
 
 mod bound;
 mod check;
@@ -28,6 +29,7 @@ pub use form::plan_json;
 pub use program::{Copy, Program, Use, Wait};
 
 use self::problem::Problem;
+use self::search::near::Near;
 use self::search::search;
 use self::trial::Found;
 use crate::error::{Error, Result};
@@ -208,6 +210,15 @@ impl Plan {
     }
 }
 
+/// A plan in force that another one is to follow.
+#[derive(Debug, Clone, Copy)]
+pub struct Before<'a> {
+    /// What it has on the device need not be brought.
+    pub plan: &'a Plan,
+    /// Passes in which what the change brings has to pay.
+    pub passes: f64,
+}
+
 /// Makes a plan for `budget_bytes` of device memory for block weights.
 ///
 /// # Errors
@@ -218,8 +229,9 @@ pub fn plan(profile: &Profile, budget_bytes: u64) -> Result<Plan> {
     plan_after(profile, budget_bytes, None)
 }
 
-/// As [`plan`], but residents that `before` has on the device stay at their place as far as they
-/// can, so that only the difference has to move.
+/// As [`plan`], but residents that the plan in force has on the device stay at their place as far
+/// as they can, so that only the difference has to move; and of plans of which one is faster than
+/// the other by less than its change takes longer, spread over `before.passes`, the other.
 ///
 /// # Errors
 ///
@@ -228,10 +240,14 @@ pub fn plan(profile: &Profile, budget_bytes: u64) -> Result<Plan> {
 /// # Panics
 ///
 /// If the plan is not legal, which no input can bring about.
-pub fn plan_after(profile: &Profile, budget_bytes: u64, before: Option<&Plan>) -> Result<Plan> {
+pub fn plan_after(
+    profile: &Profile,
+    budget_bytes: u64,
+    before: Option<Before<'_>>,
+) -> Result<Plan> {
     profile.check()?;
-    let (problem, found) = find(profile, budget_bytes)?;
-    let program = Program::compile(profile, &problem, &found, before);
+    let (problem, found) = find(profile, budget_bytes, before.as_ref())?;
+    let program = Program::compile(profile, &problem, &found, before.map(|before| before.plan));
     let loads = || program.loads.iter().flatten();
     let mut resident = vec![false; profile.tensors.len()];
     loads().for_each(|load| resident[index(load.tensor)] = true);
@@ -255,16 +271,25 @@ pub fn plan_after(profile: &Profile, budget_bytes: u64, before: Option<&Plan>) -
     Ok(plan)
 }
 
-fn find(profile: &Profile, budget_bytes: u64) -> Result<(Problem, Found)> {
+fn find(
+    profile: &Profile,
+    budget_bytes: u64,
+    before: Option<&Before<'_>>,
+) -> Result<(Problem, Found)> {
     let mut problem = Problem::new(profile, budget_bytes, profile.min_stream_bytes);
     let all = || Problem::new(profile, budget_bytes, 0);
-    let found = find_in(&mut problem, all)?;
+    let near = before.map(|before| Near::new(profile, before));
+    let found = find_in(&mut problem, all, near.as_ref())?;
     Ok((problem, found))
 }
 
 /// Small tensors stay where the budget allows that; otherwise all of them may be streamed:
 /// `problem` becomes the one that `all` makes then.
-fn find_in(problem: &mut Problem, all: impl FnOnce() -> Problem) -> Result<Found> {
+fn find_in(
+    problem: &mut Problem,
+    all: impl FnOnce() -> Problem,
+    near: Option<&Near>,
+) -> Result<Found> {
     if problem.total_bytes() <= problem.budget_bytes && problem.manual.is_none() {
         return Ok(Found::resident(problem));
     }
@@ -275,11 +300,11 @@ fn find_in(problem: &mut Problem, all: impl FnOnce() -> Problem) -> Result<Found
     if largest_bytes > budget_bytes {
         return Err(refused(largest_bytes));
     }
-    if let Some(found) = search(problem) {
+    if let Some(found) = search(problem, near) {
         return Ok(found);
     }
     *problem = all();
-    match search(problem) {
+    match search(problem, near) {
         Some(found) => Ok(found),
         None if problem.manual.is_some() => Err(refused(search::manual_bytes(problem))),
         None => Err(Error::Internal(format!("no plan for {budget_bytes} bytes"))),

@@ -2,7 +2,9 @@
 //! over all policies, rounded to tensors.
 
 mod coarse;
+pub(super) mod near;
 
+use self::near::Near;
 use super::bound::solution_of;
 use super::level::{Goal, diffuse, mean_compute, wanted};
 use super::place::Placement;
@@ -70,18 +72,19 @@ struct Search<'a> {
 
 /// The best plan for a problem that does not fit as a whole, but whose largest block does; `None`
 /// where too little may be streamed.
-pub(super) fn search(problem: &Problem) -> Option<Found> {
+/// `near` tells what is on the device already.
+pub(super) fn search(problem: &Problem, near: Option<&Near>) -> Option<Found> {
     let (means, slow) = (mean_compute(problem), problem.slow_blocks());
-    let mut search = Search { trial: Trial::new(problem), means, slow };
-    match &problem.manual {
-        Some(manual) => {
-            let whole = |block: usize| {
-                if manual.resident[block] { 0 } else { problem.splits(block).last() }
-            };
-            let splits: Vec<u64> = (0..problem.bytes.len()).map(whole).collect();
-            (1..=search.most_passes()).for_each(|passes| search.every_ring(&splits, passes));
-        }
-        None => search.family(),
+    let mut search = Search { trial: Trial::new(problem, near), means, slow };
+    if let Some(manual) = &problem.manual {
+        let whole = |block: usize| {
+            if manual.resident[block] { 0 } else { problem.splits(block).last() }
+        };
+        let splits: Vec<u64> = (0..problem.bytes.len()).map(whole).collect();
+        (1..=search.most_passes()).for_each(|passes| search.every_ring(&splits, passes));
+    } else {
+        search.family();
+        search.follow();
     }
     search.trial.choose()
 }

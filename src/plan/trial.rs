@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use super::level::streamed;
 use super::place::{Item, Items, Placement, smallest_ring};
 use super::problem::Problem;
+use super::search::near::Near;
 use super::steps::{Clock, Compiler, Step};
 use crate::units::{index, narrow, real};
 
@@ -29,6 +30,8 @@ pub(super) struct Found {
     pub(super) passes: u32,
     /// Seconds of a pass in exact simulation, with the problem's times.
     pub(super) period_s: f64,
+    /// The same, with a share of what the change from the plan in force brings.
+    cost_s: f64,
     /// The ring in blocks: `ring_bytes` over the most bytes of any use.
     lookahead: f64,
 }
@@ -43,6 +46,7 @@ impl Found {
             turns: 0,
             passes: 1,
             period_s: problem.compute_s(),
+            cost_s: problem.compute_s(),
             lookahead: 0.0,
         }
     }
@@ -51,8 +55,12 @@ impl Found {
 /// The candidates tried so far.
 pub(super) struct Trial<'a> {
     pub(super) problem: &'a Problem,
+    /// What is on the device already.
+    pub(super) near: Option<&'a Near>,
     /// The shortest period so far.
     pub(super) best_s: f64,
+    /// The least `cost_s` so far.
+    least_s: f64,
     compiler: Compiler,
     clock: Clock,
     steps: Vec<Step>,
@@ -61,10 +69,12 @@ pub(super) struct Trial<'a> {
 }
 
 impl<'a> Trial<'a> {
-    pub(super) fn new(problem: &'a Problem) -> Self {
+    pub(super) fn new(problem: &'a Problem, near: Option<&'a Near>) -> Self {
         Self {
             problem,
+            near,
             best_s: f64::INFINITY,
+            least_s: f64::INFINITY,
             compiler: Compiler::default(),
             clock: Clock::default(),
             steps: Vec::new(),
@@ -78,6 +88,13 @@ impl<'a> Trial<'a> {
         let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
         let fastest = self.pool.iter().min_by(by_time);
         fastest.map_or_else(|| vec![0; self.problem.bytes.len()], |found| found.splits.clone())
+    }
+
+    /// The residency of the fastest candidate so far, its turns and passes.
+    pub(super) fn fastest_way(&self) -> Option<(Vec<u64>, u32, u32)> {
+        let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
+        let found = self.pool.iter().min_by(by_time)?;
+        Some((found.splits.clone(), found.turns, found.passes))
     }
 
     /// Bytes that the residents leave for the ring.
@@ -209,22 +226,32 @@ impl<'a> Trial<'a> {
         let window = self.problem.window;
         self.compiler.compile(&placement.pieces, uses, window, least_cut, &mut self.steps);
         let period_s = self.clock.period_s(self.problem, &self.steps, passes, CYCLES);
+        let share_s = self.near.map_or(0.0, |near| near.share_s(self.problem, splits));
         self.best_s = self.best_s.min(period_s);
-        if period_s <= self.best_s * (1.0 + SLACK) {
+        self.least_s = self.least_s.min(period_s + share_s);
+        let (best_s, least_s) = (self.best_s * (1.0 + SLACK), self.least_s * (1.0 + SLACK));
+        if period_s <= best_s || period_s + share_s <= least_s {
             let lookahead = real(ring_bytes) / real(items.most_of_use().max(1));
-            let (splits, steps) = (splits.to_vec(), self.steps.clone());
-            let found = Found { splits, steps, ring_bytes, turns, passes, period_s, lookahead };
-            self.pool.push(found);
+            self.pool.push(Found {
+                splits: splits.to_vec(),
+                steps: self.steps.clone(),
+                ring_bytes,
+                turns,
+                passes,
+                period_s,
+                cost_s: period_s + share_s,
+                lookahead,
+            });
         }
         period_s
     }
 
-    /// The most lookahead among the fastest, timed exactly. Cycles of several passes only where
-    /// they gain more than the slack.
+    /// The most lookahead among the fastest, timed exactly; what the change to a plan brings counts
+    /// with its time. Cycles of several passes only where they gain more than the slack.
     pub(super) fn choose(mut self) -> Option<Found> {
         let fastest = |pool: &[Found], passes: fn(u32) -> bool| {
             let of = pool.iter().filter(|found| passes(found.passes));
-            of.map(|found| found.period_s).fold(f64::INFINITY, f64::min)
+            of.map(|found| found.cost_s).fold(f64::INFINITY, f64::min)
         };
         let one = fastest(&self.pool, |passes| passes == 1);
         if one <= fastest(&self.pool, |passes| passes > 1) * (1.0 + SLACK) {
@@ -232,14 +259,14 @@ impl<'a> Trial<'a> {
         }
         let limit = fastest(&self.pool, |_| true) * (1.0 + SLACK);
         let most = self.problem.window.map_or(MOST_RING, |w| f64::from(w) + 1.0).min(MOST_RING);
-        let good = |found: &&Found| found.period_s <= limit && found.lookahead <= most + 1e-9;
+        let good = |found: &&Found| found.cost_s <= limit && found.lookahead <= most + 1e-9;
         let most_ahead = self.pool.iter().filter(good).max_by(|a, b| {
             let by_bytes = |found: &Found| found.steps.iter().map(|step| step.bytes).sum::<u64>();
             let ahead = a.lookahead.total_cmp(&b.lookahead);
             ahead.then_with(|| by_bytes(b).cmp(&by_bytes(a)))
         });
-        let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
-        let found = most_ahead.or_else(|| self.pool.iter().min_by(by_time))?.clone();
+        let by_cost = |a: &&Found, b: &&Found| a.cost_s.total_cmp(&b.cost_s);
+        let found = most_ahead.or_else(|| self.pool.iter().min_by(by_cost))?.clone();
         let mut found = self.fill(&found).unwrap_or(found);
         self.join(&mut found);
         found.period_s =
@@ -290,11 +317,11 @@ impl<'a> Trial<'a> {
                 *split = less;
             }
         }
-        let limit = found.period_s * (1.0 + 1e-9);
+        let (limit, most) = (found.period_s * (1.0 + 1e-9), found.cost_s * (1.0 + 1e-9));
         let before = self.pool.len();
         self.consider(splits, found.turns, found.passes)?;
         let mut new = self.pool.drain(before.min(self.pool.len())..);
-        new.find(|filled| filled.period_s <= limit)
+        new.find(|filled| filled.period_s <= limit && filled.cost_s <= most)
     }
 }
 

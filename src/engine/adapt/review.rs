@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use crate::engine::copying::Locker;
-use crate::plan::{Plan, Profile, period_s, plan_after};
+use crate::plan::{Before, Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
@@ -147,7 +147,9 @@ fn better(question: &Question) -> Option<Plan> {
     let Question { profile, plan: before, .. } = question;
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
-    let after = plan_after(profile, question.budget_bytes, Some(before)).ok()?;
+    let passes = real(question.passes).max(question.horizon);
+    let in_force = Before { plan: before, passes };
+    let after = plan_after(profile, question.budget_bytes, Some(in_force)).ok()?;
     let kept = transition(profile, before, &after, true, &|_| true).kept;
     let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);
     let brought: u64 = new.map(|number| align_up(profile.tensors[number].bytes)).sum();
@@ -159,7 +161,6 @@ fn better(question: &Question) -> Option<Plan> {
     let fill = most.max().unwrap_or(0);
     let cost_s = real(brought + fill) / link.bytes_per_s + question.pause_s;
     let saved_s = now_s - after.period_s?;
-    let passes = real(question.passes).max(question.horizon);
     (saved_s > LEAST_SAVED * now_s && saved_s * passes > cost_s).then_some(after)
 }
 
