@@ -16,7 +16,7 @@ impl Core {
         }
         let link = self.tuner.times(self.order.best().len()).map(|times| times.link.bytes_per_s);
         if let (Some(link), true) = (link, self.executor.is_staging()) {
-            self.slow = self.host.slow(&self.spec, link);
+            self.slow = self.host.slow(&self.spec, &self.plan, link);
         }
     }
 

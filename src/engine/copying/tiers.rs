@@ -1,6 +1,7 @@
 //! What the tiers of host memory hold, and what each costs.
 
 use super::feed::Host;
+use super::lane::Weight;
 use crate::driver::Source;
 use crate::engine::Spec;
 use crate::plan::Plan;
@@ -56,16 +57,26 @@ impl HostFacts {
 
 impl Host {
     /// For each tensor how many times as long as over the link its bytes take, if they differ: the
-    /// tier of what is streamed, and the one that a resident would have.
-    pub(in crate::engine) fn slow(&self, spec: &Spec, link_bytes_per_s: f64) -> Vec<f64> {
+    /// tier of what is streamed, and the one that a resident would have. A resident of `plan` has
+    /// no page-lock, since nobody needs it; streamed, it would get one like all the others.
+    pub(in crate::engine) fn slow(
+        &self,
+        spec: &Spec,
+        plan: &Plan,
+        link_bytes_per_s: f64,
+    ) -> Vec<f64> {
         let weights = self.weights(spec);
+        let lacks = |(weight, stays): (&Weight, &bool)| {
+            !stays && !weight.direct && matches!(weight.source, Source::Memory { .. })
+        };
+        let are_scarce = std::iter::zip(&weights, &plan.resident).any(lacks);
         let choice = self.choice.lock();
         let times = |rate: Option<f64>| rate.map_or(1.0, |rate| (link_bytes_per_s / rate).max(1.0));
         let (memory, file) = (times(choice.memory_bytes_per_s()), times(choice.file_bytes_per_s()));
-        let slow: Vec<f64> = weights
-            .iter()
-            .map(|weight| match weight.source {
+        let slow: Vec<f64> = std::iter::zip(&weights, &plan.resident)
+            .map(|(weight, stays)| match weight.source {
                 _ if weight.direct => 1.0,
+                Source::Memory { .. } if *stays && !are_scarce => 1.0,
                 Source::Memory { .. } => memory,
                 Source::File { .. } => file,
             })
@@ -111,7 +122,8 @@ mod tests {
     use super::super::feed::tests::spec;
     use super::*;
     use crate::driver::host::{HostDevice, HostOptions};
-    use crate::plan::plan;
+    use crate::driver::sim::{SimDevice, SimOptions};
+    use crate::plan::{Profile, Tensor, plan};
     use crate::units::real;
 
     fn host() -> Host {
@@ -124,19 +136,45 @@ mod tests {
         let (mut host, spec) = (host(), spec());
         let plan = plan(&spec.profile, spec.budget_bytes).expect("feasible");
         host.prepare(&spec, &plan);
-        assert_eq!(host.slow(&spec, 10e9), [0.0; 0], "nothing was measured");
+        assert_eq!(host.slow(&spec, &plan, 10e9), [0.0; 0], "nothing was measured");
         {
             let mut choice = host.choice.lock();
             choice.note_all(false, 64 << 20, real(64 << 20) / 10e9);
             choice.note_all(true, 64 << 20, real(64 << 20) / 2e9);
         }
-        let slow = host.slow(&spec, 10e9);
+        let slow = host.slow(&spec, &plan, 10e9);
         assert!((slow[0] - 1.0).abs() < 1e-9, "{slow:?}");
         assert!(slow[1..].iter().all(|slow| (slow - 5.0).abs() < 1e-9), "{slow:?}");
         // A copy that has arrived is memory.
         let tensor = host.cache.read().tensors().next().expect("one fits");
         let bytes = vec![7_u8; 1 << 20];
         host.cache.read().keep(tensor, 0, bytes.as_ptr() as u64, 1 << 20);
-        assert!((host.slow(&spec, 10e9)[index(tensor)] - 1.0).abs() < 1e-9);
+        assert!((host.slow(&spec, &plan, 10e9)[index(tensor)] - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn residents_without_page_locks_would_get_some_unless_these_are_scarce() {
+        let tensors = (0..4).map(|block| Tensor { block, bytes: 1 << 20 }).collect();
+        let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
+        let memory = |at: u64| Source::Memory { address: (1 << 30) + (at << 20) };
+        let mut spec = Spec { profile, sources: (0..4).map(memory).collect(), ..Spec::default() };
+        let plan = plan(&spec.profile, 3 << 20).expect("feasible");
+        let streamed = plan.resident.iter().filter(|&&stays| !stays).count() as u64;
+        assert!(0 < streamed && streamed < 4);
+        for (pinned_bytes, slow) in [(4 << 20, 0), (streamed << 20, 0), ((streamed - 1) << 20, 1)] {
+            spec.pinned_bytes = pinned_bytes;
+            let options =
+                SimOptions { staged_from: Some(0), lockable: true, ..SimOptions::default() };
+            let mut host = Host::new(Arc::new(SimDevice::new(options)));
+            host.prepare(&spec, &plan);
+            host.choice.lock().note_all(false, 64 << 20, real(64 << 20) / 2e9);
+            let found = host.slow(&spec, &plan, 10e9);
+            let slow_ones = found.iter().filter(|&&slow| slow > 4.9).count();
+            if slow == 0 {
+                assert_eq!(found, [0.0; 0], "{pinned_bytes} bytes of page-locks");
+            } else {
+                assert_eq!(slow_ones as u64, 5 - streamed, "residents and one of the others");
+            }
+        }
     }
 }
