@@ -7,12 +7,16 @@ import datetime
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.compare import FLOORS
 from bench.engines import ENGINES
 from bench.plans import PLANS
 from bench.results import Results
 from bench.run import Options, Run, default_python
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _HOST_LINK = 2e8
 
@@ -28,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--link", type=float, default=_HOST_LINK, help="bytes/s on the CPU")
     run.add_argument("--folder", type=Path, default=Path("/dev/shm/dgls-bench"))
     run.add_argument("--engines", default=None, help="only these, separated by commas")
+    run.add_argument("--beds", default=None, help="only these models, as wan-bf16, by commas")
     run.add_argument("--python", default=default_python(), help="with the peers in it")
     run.add_argument("--log", type=Path, default=None, help="what the engines print")
     run.add_argument("--deep", action=argparse.BooleanOptionalAction, default=True)
@@ -49,14 +54,32 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--minutes", f"{options.minutes:g}", "--device", options.device]
     words += ["--link", f"{options.link:g}"] if options.device == "cpu" else []
     words += ["--engines", options.engines] if options.engines else []
+    words += ["--beds", options.beds] if options.beds else []
     return shlex.join(words)
 
 
+def _chosen(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...] | None:
+    """The names in an option; ``None`` where it was not given.
+
+    Raises:
+        ValueError: One of them is not known.
+    """
+    if text is None:
+        return None
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} need some of {', '.join(known)}, found {name!r}")
+    return names
+
+
 def _run(options: argparse.Namespace) -> int:
-    wanted = None if options.engines is None else tuple(options.engines.split(","))
-    unknown = [name for name in wanted or () if name not in ENGINES]
-    if unknown:
-        print(f"engines need some of {', '.join(ENGINES)}, found {unknown[0]!r}", file=sys.stderr)
+    stages = list(PLANS[options.plan])
+    try:
+        wanted = _chosen("engines", options.engines, ENGINES)
+        beds = _chosen("beds", options.beds, dict.fromkeys(stage.bed.key for stage in stages))
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     results = Results.load(options.out) if options.out.exists() else Results()
     command = _command(options)
@@ -74,7 +97,7 @@ def _run(options: argparse.Namespace) -> int:
         engines=wanted,
         log=options.log,
     )
-    stages = list(PLANS[options.plan])
+    stages = [stage for stage in stages if beds is None or stage.bed.key in beds]
     try:
         Run(stages, settings, results).run()
     except ValueError as error:
