@@ -1,6 +1,7 @@
 //! Host weights that are page-locked in place, at their exact size, within a budget.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::driver::Device;
 
@@ -50,6 +51,17 @@ impl Pins {
     /// about one range, which someone else has locked; after a few nothing more is tried, since
     /// where the limit is reached all would fail, and each costs time.
     pub fn lock(&mut self, spans: &[Span], budget_bytes: u64, page: u64) {
+        self.lock_while(spans, budget_bytes, page, &mut |_| true);
+    }
+
+    /// As [`Pins::lock`], as long as `goes_on`, which is told after each range what it took.
+    pub fn lock_while(
+        &mut self,
+        spans: &[Span],
+        budget_bytes: u64,
+        page: u64,
+        goes_on: &mut dyn FnMut(Duration) -> bool,
+    ) {
         let ranges = merge(spans, budget_bytes, page);
         let pages = |range: &Span| page_bytes(range.address, range.address + range.bytes, page);
         let missing: Vec<Span> = ranges.iter().copied().filter(|&r| !self.covers(r)).collect();
@@ -76,6 +88,7 @@ impl Pins {
             if pages(&range) > left || self.overlaps(&[range]) {
                 continue;
             }
+            let begun = Instant::now();
             if self.device.page_lock(range.address, range.bytes).is_err() {
                 self.failed += 1;
                 refused += 1;
@@ -86,6 +99,9 @@ impl Pins {
             }
             left -= pages(&range);
             self.locked.push(range);
+            if !goes_on(begun.elapsed()) {
+                break;
+            }
         }
         self.locked.sort_by_key(|range| range.address);
     }

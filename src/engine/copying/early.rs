@@ -1,7 +1,9 @@
 //! Page-locks for a plan that is not in force yet: to lock a gigabyte takes a tenth of a second,
-//! better while the model runs than while the device waits for the change.
+//! better while the model runs than while the device waits for the change. Calls of the driver that
+//! the model makes meanwhile wait for the one that locks, so there are rests between them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::feed::Host;
 use crate::driver::host::shim::page_bytes;
@@ -44,9 +46,14 @@ impl Host {
 }
 
 impl Locker {
-    /// Locks what `plan` streams, as much as there is room for. What is refused is tried again when
-    /// the plan is adopted, and counted then.
-    pub(in crate::engine) fn lock(self, plan: &Plan) -> Pins {
+    /// Locks what `plan` streams, as much as there is room for, tensor by tensor as long as
+    /// `goes_on`, which is told what the last one took. What is refused is tried again when the
+    /// plan is adopted, and counted then.
+    pub(in crate::engine) fn lock(
+        self,
+        plan: &Plan,
+        goes_on: &mut dyn FnMut(Duration) -> bool,
+    ) -> Pins {
         let lacks = |span: &Span| {
             let taken = self.device.takes(Source::Memory { address: span.address }, false);
             !taken && !self.locked.iter().any(|locked| locked.meets(span))
@@ -54,7 +61,7 @@ impl Locker {
         let streamed = std::iter::zip(&self.spans, &plan.resident).filter(|&(_, &stays)| !stays);
         let spans: Vec<Span> = streamed.filter_map(|(&span, _)| span).filter(lacks).collect();
         let mut pins = Pins::none(Arc::clone(&self.device));
-        pins.lock(&spans, self.left_bytes, page_bytes());
+        pins.lock_while(&spans, self.left_bytes, page_bytes(), goes_on);
         pins
     }
 }
