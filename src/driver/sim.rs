@@ -15,6 +15,9 @@ use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::units::index;
 
+/// How many times as fast as over the link bytes move within the device.
+const WITHIN: u64 = 20;
+
 /// How the simulated device behaves.
 #[derive(Debug, Clone, Default)]
 pub struct SimOptions {
@@ -192,11 +195,12 @@ impl State {
         }
     }
 
-    fn write(&mut self, target: u64, bytes: u64, source: Option<u64>) -> (u64, u64) {
+    /// A copy that is `faster` than one over the link.
+    fn write(&mut self, target: u64, bytes: u64, source: Option<u64>, faster: u64) -> (u64, u64) {
         self.host_works();
         self.check(target, bytes);
         let start = self.host_ns.max(self.copy_ns);
-        let mut took = self.options.latency_ns + bytes * self.options.ns_per_kib / 1024;
+        let mut took = self.options.latency_ns + bytes * self.options.ns_per_kib / 1024 / faster;
         if self.options.jitter {
             took = took / 2 + self.random() % (took + 1);
         }
@@ -225,7 +229,7 @@ impl Device for SimDevice {
         // What lies in a chunk is known by where it was read from.
         let origin = state.host_memory.origin(address, bytes);
         let origin = origin.unwrap_or_else(|| state.origin(address, bytes));
-        let (start, end) = state.write(target, bytes, Some(origin));
+        let (start, end) = state.write(target, bytes, Some(origin), 1);
         let chunk = Read { address, bytes, start, end };
         state.host_memory.note_read(chunk);
         Ok(())
@@ -238,7 +242,7 @@ impl Device for SimDevice {
             return Ok(());
         };
         for (address, bytes, origin) in parts {
-            let (start, end) = state.write(to + (address - from), bytes, origin);
+            let (start, end) = state.write(to + (address - from), bytes, origin, WITHIN);
             state.memory.note_read(Read { address, bytes, start, end });
         }
         Ok(())
@@ -264,7 +268,7 @@ impl Device for SimDevice {
     }
 
     fn fill(&self, target: u64, bytes: u64, _value: u8) -> Result<()> {
-        self.state.lock().write(target, bytes, None);
+        self.state.lock().write(target, bytes, None, WITHIN);
         Ok(())
     }
 
