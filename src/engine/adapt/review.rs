@@ -14,7 +14,7 @@ use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
 /// Share of a pass that a change has to save: less is noise.
-const LEAST_SAVED: f64 = 0.01;
+const LEAST_SAVED: f64 = 0.0075;
 /// How many times as long as a tensor took to be page-locked the driver is left to the model. On an
 /// H100 a pass of 120 ms took 87 ms more beside 94 ms of locks in a row.
 const RESTS: u32 = 2;
