@@ -278,7 +278,7 @@ fn find(
 ) -> Result<(Problem, Found)> {
     let mut problem = Problem::new(profile, budget_bytes, profile.min_stream_bytes);
     let all = || Problem::new(profile, budget_bytes, 0);
-    let near = before.map(|before| Near::new(profile, before));
+    let near = before.and_then(|before| Near::new(profile, before));
     let found = find_in(&mut problem, all, near.as_ref())?;
     Ok((problem, found))
 }

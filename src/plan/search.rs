@@ -71,8 +71,7 @@ struct Search<'a> {
 }
 
 /// The best plan for a problem that does not fit as a whole, but whose largest block does; `None`
-/// where too little may be streamed.
-/// `near` tells what is on the device already.
+/// where too little may be streamed. `near` tells what is on the device already.
 pub(super) fn search(problem: &Problem, near: Option<&Near>) -> Option<Found> {
     let (means, slow) = (mean_compute(problem), problem.slow_blocks());
     let mut search = Search { trial: Trial::new(problem, near), means, slow };

@@ -26,20 +26,24 @@ pub(in crate::plan) struct Near {
 }
 
 impl Near {
-    pub(in crate::plan) fn new(profile: &Profile, before: &Before<'_>) -> Self {
+    /// `None` where the plan in force has other tensors.
+    pub(in crate::plan) fn new(profile: &Profile, before: &Before<'_>) -> Option<Self> {
+        if before.plan.resident.len() != profile.tensors.len() {
+            return None;
+        }
         let mut streamed = vec![Vec::new(); profile.blocks()];
         for (tensor, stays) in std::iter::zip(&profile.tensors, &before.plan.resident) {
             streamed[index(tensor.block)].push(!stays);
         }
-        Self { streamed, passes: before.passes.max(1.0) }
+        Some(Self { streamed, passes: before.passes.max(1.0) })
     }
 
     /// Bytes that stay with `splits` and are streamed now.
     pub(in crate::plan) fn brought(&self, problem: &Problem, splits: &[u64]) -> u64 {
         let of_block = |(block, streamed): (usize, &Vec<bool>)| -> u64 {
-            let kept = problem.splits(block).tensors(splits[block]).unwrap_or_default();
-            let brought = |&tensor: &usize| streamed[tensor] && !kept.contains(&narrow(tensor));
-            let tensors = (0..streamed.len()).filter(brought);
+            let then = problem.splits(block).tensors(splits[block]).unwrap_or_default();
+            let stays = |&tensor: &usize| streamed[tensor] && !then.contains(&narrow(tensor));
+            let tensors = (0..streamed.len()).filter(stays);
             tensors.map(|tensor| problem.tensors[block][tensor]).sum()
         };
         self.streamed.iter().enumerate().map(of_block).sum()
