@@ -6,7 +6,7 @@ use crate::driver::Source;
 use crate::engine::Spec;
 use crate::plan::Plan;
 use crate::pool::Way;
-use crate::units::{index, whole};
+use crate::units::{index, narrow, whole};
 
 /// Tiers whose rates differ by less are one.
 const ALIKE: f64 = 1.05;
@@ -58,7 +58,8 @@ impl HostFacts {
 impl Host {
     /// For each tensor how many times as long as over the link its bytes take, if they differ: the
     /// tier of what is streamed, and the one that a resident would have. A resident of `plan` has
-    /// no page-lock, since nobody needs it; streamed, it would get one like all the others.
+    /// no page-lock and no copy in RAM, since nobody needs them; streamed, it would get them, where
+    /// all the others have.
     pub(in crate::engine) fn slow(
         &self,
         spec: &Spec,
@@ -66,21 +67,30 @@ impl Host {
         link_bytes_per_s: f64,
     ) -> Vec<f64> {
         let weights = self.weights(spec);
-        let lacks = |(weight, stays): (&Weight, &bool)| {
+        let lacks_lock = |(weight, stays): (&Weight, &bool)| {
             !stays && !weight.direct && matches!(weight.source, Source::Memory { .. })
         };
-        let are_scarce = std::iter::zip(&weights, &plan.resident).any(lacks);
+        let enough_locks = !std::iter::zip(&weights, &plan.resident).any(lacks_lock);
+        let cache = self.cache.read();
+        let lacks_copy = |number: usize| {
+            let in_file = matches!(spec.sources[number], Source::File { .. });
+            in_file && !plan.resident[number] && !cache.has(narrow(number))
+        };
+        let enough_copies = !(0..spec.sources.len()).any(lacks_copy);
+        drop(cache);
         let choice = self.choice.lock();
         let times = |rate: Option<f64>| rate.map_or(1.0, |rate| (link_bytes_per_s / rate).max(1.0));
         let (memory, file) = (times(choice.memory_bytes_per_s()), times(choice.file_bytes_per_s()));
-        let slow: Vec<f64> = std::iter::zip(&weights, &plan.resident)
-            .map(|(weight, stays)| match weight.source {
+        let of = |(weight, &stays): (&Weight, &bool)| {
+            let in_file = matches!(weight.source, Source::File { .. });
+            match in_file && !(stays && enough_copies) {
                 _ if weight.direct => 1.0,
-                Source::Memory { .. } if *stays && !are_scarce => 1.0,
-                Source::Memory { .. } => memory,
-                Source::File { .. } => file,
-            })
-            .collect();
+                true => file,
+                false if stays && enough_locks => 1.0,
+                false => memory,
+            }
+        };
+        let slow: Vec<f64> = std::iter::zip(&weights, &plan.resident).map(of).collect();
         let least = slow.iter().copied().fold(f64::INFINITY, f64::min);
         let most = slow.iter().copied().fold(0.0, f64::max);
         if most > ALIKE * least { slow } else { Vec::new() }
@@ -150,6 +160,29 @@ mod tests {
         let bytes = vec![7_u8; 1 << 20];
         host.cache.read().keep(tensor, 0, bytes.as_ptr() as u64, 1 << 20);
         assert!((host.slow(&spec, &plan, 10e9)[index(tensor)] - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn residents_without_a_copy_in_ram_would_get_one_where_all_others_have() {
+        let file = |number: u64| Source::File { file: 0, offset: number << 20 };
+        let filed = Spec { sources: (0..4).map(file).collect(), ..spec() };
+        let plan = plan(&filed.profile, 3 << 20).expect("feasible");
+        let stay = plan.resident.iter().filter(|&&stays| stays).count();
+        assert!(stay > 0 && stay < 3, "residents, and more streamed ones than copies");
+        for (ram_bytes, is_enough) in [(4 << 20, true), (1 << 20, false)] {
+            let spec = Spec { ram_bytes, ..filed.clone() };
+            let mut host = host();
+            host.prepare(&spec, &plan);
+            host.choice.lock().note_all(true, 64 << 20, real(64 << 20) / 2e9);
+            let (bytes, cache) = (vec![7_u8; 1 << 20], host.cache.read());
+            for tensor in cache.tensors() {
+                cache.keep(tensor, 0, bytes.as_ptr() as u64, 1 << 20);
+            }
+            drop(cache);
+            let slow = host.slow(&spec, &plan, 10e9).iter().filter(|&&slow| slow > 4.9).count();
+            // Else all but the one that has a copy.
+            assert_eq!(slow, if is_enough { 0 } else { 3 }, "{ram_bytes} bytes of RAM");
+        }
     }
 
     #[test]
