@@ -140,3 +140,18 @@ def test_wrong_output_is_not_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(measure, "digest", digest)
     found = rows(tmp_path, [])
     assert [outcome(row)[4] for row in found] == [False, True, True, True]
+
+
+def test_a_watch_tells_gaps_of_torchs_allocator_from_memory_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks = {"reserved": 100, "allocated": 100}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 100))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peaks.clear())
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: peaks["reserved"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peaks["allocated"])
+    watch = measure.Watch(torch.device("cuda", 0))
+    assert (watch.peak_bytes, watch.gaps_bytes) == (None, None)
+    with watch.open():
+        peaks.update(reserved=50, allocated=35)
+    assert watch.gaps_bytes == 15, "the peaks of before do not count"
