@@ -136,6 +136,7 @@ impl Core {
                 Adapt::Beside => self.tuner.pause_s().unwrap_or(guess_s),
                 Adapt::AtOnce | Adapt::Off => 0.0,
             },
+            reading_s: self.host.reading_s(&self.spec),
             locker: self.host.locker(&self.spec),
         }
     }

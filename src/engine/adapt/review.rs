@@ -45,6 +45,8 @@ pub(in crate::engine) struct Question {
     pub(in crate::engine) horizon: f64,
     /// Seconds for which the device has nothing to do while a plan is taken up.
     pub(in crate::engine) pause_s: f64,
+    /// For each tensor what its first copy takes longer, seconds; empty: nothing.
+    pub(in crate::engine) reading_s: Vec<f64>,
     /// Page-locks what the plan streams and the one in force does not, beside the model that runs.
     pub(in crate::engine) locker: Locker,
 }
@@ -169,7 +171,8 @@ fn rest(adapt: Adapt, took: Duration) {
 }
 
 /// A plan that is worth the change: what it saves in some passes is more than it costs to bring
-/// what newly stays, to fill the ring again, and to leave the device idle meanwhile.
+/// what newly stays, to read what is newly streamed from a file, to fill the ring again, and to
+/// leave the device idle meanwhile.
 fn better(question: &Question) -> Option<Plan> {
     let Question { profile, plan: before, .. } = question;
     let link = profile.times.as_ref()?.link;
@@ -186,7 +189,10 @@ fn better(question: &Question) -> Option<Plan> {
         .iter()
         .map(|used| after.program.copies_of(used).iter().map(|copy| copy.bytes).sum::<u64>());
     let fill = most.max().unwrap_or(0);
-    let cost_s = real(brought + fill) / link.bytes_per_s + question.pause_s;
+    let read = |&(number, _): &(usize, &f64)| before.resident[number] && !after.resident[number];
+    let reading_s = question.reading_s.iter().enumerate().filter(read);
+    let reading_s: f64 = reading_s.map(|(_, &seconds)| seconds).sum();
+    let cost_s = real(brought + fill) / link.bytes_per_s + reading_s + question.pause_s;
     let saved_s = now_s - after.period_s?;
     (saved_s > LEAST_SAVED * now_s && saved_s * passes > cost_s).then_some(after)
 }
@@ -261,6 +267,7 @@ mod tests {
             passes,
             horizon: PASSES,
             pause_s,
+            reading_s: Vec::new(),
             locker: Host::new(Arc::new(device)).locker(&spec),
         }
     }
@@ -322,6 +329,9 @@ mod tests {
             let found = better(&question(pause_s, passes));
             assert_eq!(found.is_some(), pays, "{pause_s} s after {passes} passes");
         }
+        let reads =
+            |seconds: f64| better(&Question { reading_s: vec![seconds; 96], ..question(0.0, 0) });
+        assert!(reads(1e-6).is_some() && reads(PASSES * saved_s).is_none(), "what is read counts");
         let unsure = Question { horizon: 5.0, ..question(0.5 * PASSES * saved_s, 0) };
         assert!(better(&unsure).is_none(), "the last plans did not last");
     }

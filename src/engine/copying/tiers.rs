@@ -4,9 +4,9 @@ use super::feed::Host;
 use super::lane::Weight;
 use crate::driver::Source;
 use crate::engine::Spec;
-use crate::plan::Plan;
+use crate::plan::{Plan, Tensor};
 use crate::pool::Way;
-use crate::units::{index, narrow, whole};
+use crate::units::{index, narrow, real, whole};
 
 /// Tiers whose rates differ by less are one.
 const ALIKE: f64 = 1.05;
@@ -96,6 +96,17 @@ impl Host {
         if most > ALIKE * least { slow } else { Vec::new() }
     }
 
+    /// For each tensor that only a file holds now, seconds to read it: what its first copy takes,
+    /// if it is streamed from now on. Nothing where no rate is known.
+    pub(in crate::engine) fn reading_s(&self, spec: &Spec) -> Vec<f64> {
+        let Some(rate) = self.choice.lock().file_bytes_per_s() else { return Vec::new() };
+        let of = |(weight, tensor): (&Weight, &Tensor)| match weight.source {
+            Source::File { .. } => real(tensor.bytes) / rate,
+            Source::Memory { .. } => 0.0,
+        };
+        std::iter::zip(&self.weights(spec), &spec.profile.tensors).map(of).collect()
+    }
+
     /// Numbers for a report.
     pub(in crate::engine) fn facts(&self, spec: &Spec, plan: &Plan) -> HostFacts {
         let weights = self.weights(spec);
@@ -133,8 +144,7 @@ mod tests {
     use super::*;
     use crate::driver::host::{HostDevice, HostOptions};
     use crate::driver::sim::{SimDevice, SimOptions};
-    use crate::plan::{Profile, Tensor, plan};
-    use crate::units::real;
+    use crate::plan::{Profile, plan};
 
     fn host() -> Host {
         let options = HostOptions { copy_bytes_per_s: 1 << 40, ..HostOptions::default() };
@@ -147,11 +157,15 @@ mod tests {
         let plan = plan(&spec.profile, spec.budget_bytes).expect("feasible");
         host.prepare(&spec, &plan);
         assert_eq!(host.slow(&spec, &plan, 10e9), [0.0; 0], "nothing was measured");
+        assert_eq!(host.reading_s(&spec), [0.0; 0]);
         {
             let mut choice = host.choice.lock();
             choice.note_all(false, 64 << 20, real(64 << 20) / 10e9);
             choice.note_all(true, 64 << 20, real(64 << 20) / 2e9);
         }
+        let reading_s = host.reading_s(&spec);
+        let expected_s = real(1 << 20) / 2e9;
+        assert!(reading_s[0] == 0.0 && (reading_s[1] / expected_s - 1.0).abs() < 1e-9);
         let slow = host.slow(&spec, &plan, 10e9);
         assert!((slow[0] - 1.0).abs() < 1e-9, "{slow:?}");
         assert!(slow[1..].iter().all(|slow| (slow - 5.0).abs() < 1e-9), "{slow:?}");
