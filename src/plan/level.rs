@@ -114,7 +114,20 @@ pub(super) fn mean_compute(problem: &Problem) -> Vec<f64> {
 /// before it left over, so that sums over any stretch of blocks stay close to what is wanted.
 /// Starts with `phase` bytes left over. Blocks that no pass uses are left at split 0.
 pub(super) fn diffuse(problem: &Problem, wanted: &[f64], phase: f64) -> Vec<u64> {
-    let mut splits = vec![0; problem.bytes.len()];
+    let nearest =
+        |block: usize, want| (wanted[block] > 0.0).then(|| problem.splits(block).nearest(want));
+    diffuse_from(problem, vec![0; problem.bytes.len()], wanted, phase, nearest)
+}
+
+/// As [`diffuse`], from other splits on, and with the split that `pick` has for a block and what is
+/// wanted of it; `None` leaves it as it is, and what was left over to the next one.
+pub(super) fn diffuse_from(
+    problem: &Problem,
+    mut splits: Vec<u64>,
+    wanted: &[f64],
+    phase: f64,
+    pick: impl Fn(usize, f64) -> Option<u64>,
+) -> Vec<u64> {
     let mut seen = vec![false; problem.bytes.len()];
     let mut carry = phase;
     for slot in &problem.uses {
@@ -122,8 +135,8 @@ pub(super) fn diffuse(problem: &Problem, wanted: &[f64], phase: f64) -> Vec<u64>
             continue;
         }
         let want = wanted[slot.block] + carry;
-        if wanted[slot.block] > 0.0 {
-            splits[slot.block] = problem.splits(slot.block).nearest(want);
+        if let Some(split) = pick(slot.block, want) {
+            splits[slot.block] = split;
             carry = want - real(streamed(problem, &splits, slot.block));
         }
     }

@@ -212,7 +212,7 @@ impl Plan {
 
 /// A plan in force that another one is to follow.
 #[derive(Debug, Clone, Copy)]
-pub struct Before<'a> {
+pub struct InForce<'a> {
     /// What it has on the device need not be brought.
     pub plan: &'a Plan,
     /// Passes in which what the change brings has to pay.
@@ -243,7 +243,7 @@ pub fn plan(profile: &Profile, budget_bytes: u64) -> Result<Plan> {
 pub fn plan_after(
     profile: &Profile,
     budget_bytes: u64,
-    before: Option<Before<'_>>,
+    before: Option<InForce<'_>>,
 ) -> Result<Plan> {
     profile.check()?;
     let (problem, found) = find(profile, budget_bytes, before.as_ref())?;
@@ -274,7 +274,7 @@ pub fn plan_after(
 fn find(
     profile: &Profile,
     budget_bytes: u64,
-    before: Option<&Before<'_>>,
+    before: Option<&InForce<'_>>,
 ) -> Result<(Problem, Found)> {
     let mut problem = Problem::new(profile, budget_bytes, profile.min_stream_bytes);
     let all = || Problem::new(profile, budget_bytes, 0);

@@ -25,7 +25,7 @@ pub(super) struct Found {
     pub(super) splits: Vec<u64>,
     pub(super) steps: Vec<Step>,
     pub(super) ring_bytes: u64,
-    turns: u32,
+    pub(super) turns: u32,
     /// Passes in one cycle of `steps`.
     pub(super) passes: u32,
     /// Seconds of a pass in exact simulation, with the problem's times.
@@ -83,18 +83,9 @@ impl<'a> Trial<'a> {
         }
     }
 
-    /// The residency of the fastest candidate so far; nothing streamed if there is none.
-    pub(super) fn fastest(&self) -> Vec<u64> {
-        let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
-        let fastest = self.pool.iter().min_by(by_time);
-        fastest.map_or_else(|| vec![0; self.problem.bytes.len()], |found| found.splits.clone())
-    }
-
-    /// The residency of the fastest candidate so far, its turns and passes.
-    pub(super) fn fastest_way(&self) -> Option<(Vec<u64>, u32, u32)> {
-        let by_time = |a: &&Found, b: &&Found| a.period_s.total_cmp(&b.period_s);
-        let found = self.pool.iter().min_by(by_time)?;
-        Some((found.splits.clone(), found.turns, found.passes))
+    /// The fastest candidate so far.
+    pub(super) fn fastest(&self) -> Option<&Found> {
+        self.pool.iter().min_by(|a, b| a.period_s.total_cmp(&b.period_s))
     }
 
     /// Bytes that the residents leave for the ring.

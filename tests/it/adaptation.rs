@@ -123,8 +123,8 @@ impl Run {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "nanoseconds of a simulation")]
-fn real(number: u64) -> f64 {
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds and bytes of a simulation")]
+pub(crate) fn real(number: u64) -> f64 {
     number as f64
 }
 

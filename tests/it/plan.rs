@@ -1,9 +1,12 @@
 //! Goal: a plan keeps every promise that the engine relies on, for any model and any budget.
 //! Method: seeded random models; every address, wait and sum of the plan is checked.
 
-use dgls_core::plan::{Before, Copy, Plan, Profile, Tensor, Use, check as legal, plan, plan_after};
+use dgls_core::plan::{
+    Copy, InForce, Plan, Profile, Tensor, Use, check as legal, plan, plan_after,
+};
 use dgls_core::{Error, align_up};
 
+use crate::adaptation::real;
 use crate::models::all;
 use crate::random::Random;
 use crate::stack::{Stack, index};
@@ -200,8 +203,8 @@ fn a_plan_that_is_not_legal_is_found() {
     wrong("not brought whole", &|plan| plan.program.loads[block][0].bytes -= 1);
 }
 
-fn in_force(plan: &Plan) -> Before<'_> {
-    Before { plan, passes: 20.0 }
+fn in_force(plan: &Plan) -> InForce<'_> {
+    InForce { plan, passes: 20.0 }
 }
 
 #[test]
@@ -228,11 +231,6 @@ fn brought(profile: &Profile, before: &Plan, after: &Plan) -> u64 {
     (0..profile.tensors.len()).filter(new).map(|number| profile.tensors[number].bytes).sum()
 }
 
-#[expect(clippy::cast_precision_loss, reason = "fewer than 2^53 bytes")]
-fn real(bytes: u64) -> f64 {
-    bytes as f64
-}
-
 /// Real models that were planned for before anything was known of them, over the link of a GPU.
 #[test]
 fn what_a_better_plan_brings_counts_with_what_it_saves() {
@@ -244,7 +242,7 @@ fn what_a_better_plan_brings_counts_with_what_it_saves() {
             let untimed = Profile { times: None, ..profile.clone() };
             let before = plan(&untimed, budget).expect("feasible");
             let after = |passes| {
-                let in_force = Before { plan: &before, passes };
+                let in_force = InForce { plan: &before, passes };
                 let after = plan_after(&profile, budget, Some(in_force)).expect("feasible");
                 check(&profile, budget, &after);
                 (after.period_s.expect("timed"), brought(&profile, &before, &after))

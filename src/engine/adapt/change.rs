@@ -9,7 +9,7 @@ use crate::engine::Spec;
 use crate::engine::copying::Host;
 use crate::engine::core::{Before, Core};
 use crate::error::{Error, Result};
-use crate::plan::{self, plan_after};
+use crate::plan::{InForce, plan_after};
 use crate::pool::{Arena, Move, copies};
 use crate::units::index;
 
@@ -48,7 +48,7 @@ impl Core {
             (found.plan, Some(found.pins))
         } else {
             let passes = self.tuner.horizon();
-            let before = same_arena.then_some(plan::Before { plan: &self.plan, passes });
+            let before = same_arena.then_some(InForce { plan: &self.plan, passes });
             (plan_after(&spec.profile, budget_bytes, before)?, None)
         };
         let arena = Arena::new(address, bytes, plan.arena_bytes)?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::engine::copying::Locker;
-use crate::plan::{Before, Plan, Profile, period_s, plan_after};
+use crate::plan::{InForce, Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real};
 
@@ -178,7 +178,7 @@ fn better(question: &Question) -> Option<Plan> {
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
     let passes = real(question.passes).max(question.horizon);
-    let in_force = Before { plan: before, passes };
+    let in_force = InForce { plan: before, passes };
     let after = plan_after(profile, question.budget_bytes, Some(in_force)).ok()?;
     let kept = transition(profile, before, &after, true, &|_| true).kept;
     let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);

@@ -83,11 +83,14 @@ impl Host {
         let (memory, file) = (times(choice.memory_bytes_per_s()), times(choice.file_bytes_per_s()));
         let of = |(weight, &stays): (&Weight, &bool)| {
             let in_file = matches!(weight.source, Source::File { .. });
-            match in_file && !(stays && enough_copies) {
-                _ if weight.direct => 1.0,
-                true => file,
-                false if stays && enough_locks => 1.0,
-                false => memory,
+            if weight.direct {
+                1.0
+            } else if in_file && !(stays && enough_copies) {
+                file
+            } else if stays && enough_locks {
+                1.0
+            } else {
+                memory
             }
         };
         let slow: Vec<f64> = std::iter::zip(&weights, &plan.resident).map(of).collect();

@@ -16,7 +16,8 @@ impl Search<'_> {
     pub(super) fn climb(&mut self) {
         let problem = self.problem();
         let blocks = problem.bytes.len();
-        let fastest = (self.trial.fastest(), self.trial.best_s);
+        let found = self.trial.fastest().map(|found| found.splits.clone());
+        let fastest = (found.unwrap_or_else(|| vec![0; blocks]), self.trial.best_s);
         for (mut splits, mut best_s) in [fastest, (self.all_streamed(), f64::INFINITY)] {
             best_s = self.every_turn(&splits).unwrap_or(best_s).min(best_s);
             for _ in 0..ROUNDS {

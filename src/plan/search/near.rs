@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::{FINE_EXCESS, Search};
-use crate::plan::level::streamed;
+use crate::plan::level::{diffuse_from, streamed};
 use crate::plan::problem::Problem;
-use crate::plan::{Before, Profile};
+use crate::plan::{InForce, Profile};
 use crate::units::{index, narrow, real};
 
 /// By how much of a step the sum over blocks may be off before it is taken.
@@ -27,7 +27,7 @@ pub(in crate::plan) struct Near {
 
 impl Near {
     /// `None` where the plan in force has other tensors.
-    pub(in crate::plan) fn new(profile: &Profile, before: &Before<'_>) -> Option<Self> {
+    pub(in crate::plan) fn new(profile: &Profile, before: &InForce<'_>) -> Option<Self> {
         if before.plan.resident.len() != profile.tensors.len() {
             return None;
         }
@@ -38,20 +38,17 @@ impl Near {
         Some(Self { streamed, passes: before.passes.max(1.0) })
     }
 
-    /// Bytes that stay with `splits` and are streamed now.
-    pub(in crate::plan) fn brought(&self, problem: &Problem, splits: &[u64]) -> u64 {
+    /// What is streamed now and stays with `splits` has to be brought: what that adds to each of
+    /// the passes in which it has to pay, seconds.
+    pub(in crate::plan) fn share_s(&self, problem: &Problem, splits: &[u64]) -> f64 {
         let of_block = |(block, streamed): (usize, &Vec<bool>)| -> u64 {
             let then = problem.splits(block).tensors(splits[block]).unwrap_or_default();
             let stays = |&tensor: &usize| streamed[tensor] && !then.contains(&narrow(tensor));
             let tensors = (0..streamed.len()).filter(stays);
             tensors.map(|tensor| problem.tensors[block][tensor]).sum()
         };
-        self.streamed.iter().enumerate().map(of_block).sum()
-    }
-
-    /// What that adds to each of the passes in which it has to pay, seconds.
-    pub(in crate::plan) fn share_s(&self, problem: &Problem, splits: &[u64]) -> f64 {
-        real(self.brought(problem, splits)) / problem.link.bytes_per_s / self.passes
+        let brought: u64 = self.streamed.iter().enumerate().map(of_block).sum();
+        real(brought) / problem.link.bytes_per_s / self.passes
     }
 
     /// The splits of the plan in force; `None` if the problem has other ones.
@@ -59,11 +56,10 @@ impl Near {
         let of_block = |(block, streamed): (usize, &Vec<bool>)| {
             let splits = problem.splits(block);
             let count = streamed.iter().filter(|&&streamed| streamed).count();
-            let is_it = |&split: &u64| {
-                let set = splits.tensors(split).unwrap_or_default();
+            let is_it = |set: &[u32]| {
                 set.len() == count && set.iter().all(|&tensor| streamed[index(tensor)])
             };
-            (0..splits.count()).find(is_it).filter(|&split| splits.tensors(split).is_some())
+            (0..splits.count()).find(|&split| splits.tensors(split).is_some_and(is_it))
         };
         self.streamed.iter().enumerate().map(of_block).collect()
     }
@@ -89,46 +85,28 @@ impl Search<'_> {
     pub(super) fn follow(&mut self) {
         let problem = self.problem();
         let Some(start) = self.trial.near.and_then(|near| near.splits(problem)) else { return };
-        let Some((best, turns, passes)) = self.trial.fastest_way() else { return };
+        let Some(best) = self.trial.fastest().cloned() else { return };
         let ways = nested(problem, &start);
         for reluctance in RELUCTANCE {
+            // Another of its `ways` only where the sum so far is off by more than that step.
+            let pick = |block: usize, want: f64| {
+                let bytes = |split: u64| real(problem.splits(block).bytes(split));
+                let off = |split: u64| (bytes(split) - want).abs();
+                let before = start[block];
+                let nearest =
+                    ways[block].iter().copied().min_by(|&a, &b| off(a).total_cmp(&off(b)));
+                nearest
+                    .filter(|&near| off(before) > reluctance * (bytes(near) - bytes(before)).abs())
+                    .or(Some(before))
+            };
             for excess in FINE_EXCESS {
-                let want = |block| real(streamed(problem, &best, block)) * (1.0 + excess);
-                let splits = near(problem, &start, &ways, want, reluctance);
-                for turns in turns.saturating_sub(1).max(1)..=turns + 2 {
-                    self.trial.consider(splits.clone(), turns, passes);
+                let bytes = |block| real(streamed(problem, &best.splits, block)) * (1.0 + excess);
+                let wanted: Vec<f64> = (0..start.len()).map(bytes).collect();
+                let splits = diffuse_from(problem, start.clone(), &wanted, 0.0, pick);
+                for turns in best.turns.saturating_sub(1).max(1)..=best.turns + 2 {
+                    self.trial.consider(splits.clone(), turns, best.passes);
                 }
             }
         }
     }
-}
-
-/// Error diffusion from `start`: a block takes another of its `ways` only where the sum over the
-/// blocks so far is off by more than `reluctance` of that step.
-fn near(
-    problem: &Problem,
-    start: &[u64],
-    ways: &[Rc<[u64]>],
-    want: impl Fn(usize) -> f64,
-    reluctance: f64,
-) -> Vec<u64> {
-    let mut splits = start.to_vec();
-    let mut seen = vec![false; splits.len()];
-    let mut carry = 0.0;
-    for block in problem.uses.iter().map(|slot| slot.block) {
-        if std::mem::replace(&mut seen[block], true) {
-            continue;
-        }
-        let bytes = |split: u64| real(problem.splits(block).bytes(split));
-        let want = want(block) + carry;
-        let off = |split: u64| (bytes(split) - want).abs();
-        let before = splits[block];
-        let nearest = ways[block].iter().copied().min_by(|&a, &b| off(a).total_cmp(&off(b)));
-        let nearest = nearest.unwrap_or(before);
-        if off(before) > reluctance * (bytes(nearest) - bytes(before)).abs() {
-            splits[block] = nearest;
-        }
-        carry = want - bytes(splits[block]);
-    }
-    splits
 }
