@@ -18,7 +18,7 @@ from pathlib import Path
 
 SERVER = """
 import ctypes, json, os, signal, sys, tempfile, time
-import torch, torch._dynamo
+import torch
 torch.set_num_threads(1)
 import dgls_torch, helpers
 

@@ -287,6 +287,32 @@ def test_what_is_attached_at_exit_is_detached() -> None:
     assert (done.stdout, done.stderr) == ("['dgls-copy']\n[] [False, False]\n", "")
 
 
+def test_a_stream_does_without_dynamo_until_it_is_there() -> None:
+    """It takes seconds to import; what was hooked before is untraced all the same."""
+    script = (
+        "import sys, torch, dgls_torch\n"
+        "from helpers import SMALL, budgets, inputs, net, same\n"
+        "model, x = net(4), inputs()\n"
+        "with torch.inference_mode():\n"
+        "    expected = model(x)\n"
+        "    with dgls_torch.stream(model, budgets(model)[0], **SMALL) as s:\n"
+        "        assert same(model(x), expected)\n"
+        "        print('torch._dynamo' in sys.modules)\n"
+        "        compiled = torch.compile(model, backend='eager')\n"
+        "        print(all(same(compiled(x), expected) for _ in range(3)), s.report().passes)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.returncode) == ("False\nTrue 4\nTrue\n", 0), done.stderr
+
+
 def test_import_is_lean() -> None:
     script = (
         "import sys, torch; before = set(sys.modules); import dgls_torch\n"

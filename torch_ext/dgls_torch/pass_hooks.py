@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dgls_torch import untraced
+
 if TYPE_CHECKING:
     from dgls_torch.native import Engine
     from dgls_torch.stream import Stream
@@ -22,8 +24,7 @@ class _Hook:
 
     def __init__(self, stream: Stream) -> None:
         self.stream: Stream | None = stream
-        # Not as a decorator: that would import dynamo, which takes a second, with the package.
-        self._run = torch.compiler.disable(self.act)
+        self._run = untraced.rarely(self.act)
 
     def __call__(self, module: nn.Module, *given: Any) -> None:
         if self.stream is not None and self.stream._model() is module:

@@ -4,14 +4,16 @@ Dynamo warns of builtins, and the hooks are builtins. `torch.compiler.disable` a
 us at each call, as much as setting ``data`` four times: it takes dynamo's callback off the thread
 and puts it back. A function whose code is marked as skipped costs its call, 0.03 us, and nothing
 else; but what it calls is looked at. So the hooks are such functions, and the Python that hooks run
-now and then is disabled.
+now and then is disabled besides, once there is something to disable.
 
-Dynamo takes seconds to import: both functions do so, when a model is streamed and not before.
+Dynamo takes three seconds to import, so nothing here needs it: code is marked where torch's C++
+keeps the marks, and what is disabled is so from the first call on that finds dynamo there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dgls_torch._C import Hook
+
+_Function = TypeVar("_Function", bound=Any)
 
 
 def hooks(before: Hook, after: Hook) -> tuple[Hook, Hook]:
@@ -33,14 +37,30 @@ def hooks(before: Hook, after: Hook) -> tuple[Hook, Hook]:
     return _skipped(before_forward), _skipped(after_forward)
 
 
-def rarely(called: Callable[[], None]) -> Callable[[], None]:
+def rarely(called: Callable[..., None]) -> Callable[..., None]:
     """What hooks call, and then it may cost something."""
-    return torch.compiler.disable(called)  # type: ignore[no-any-return]
+    disabled: Callable[..., None] | None = None
+
+    def call(*given: Any) -> None:
+        nonlocal disabled
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(called)
+        (disabled or called)(*given)
+
+    return _skipped(call)
 
 
-def _skipped(hook: Hook) -> Hook:
+def _skipped(function: _Function) -> _Function:
+    """The function, marked as `torch._dynamo.decorators.skip` would."""
     try:
-        from torch._dynamo.decorators import skip
-    except ImportError:  # it is no public name, if an old one
-        return torch.compiler.disable(hook)  # type: ignore[no-any-return]
-    return skip(hook)
+        from torch._C._dynamo.eval_frame import (
+            _FrameAction,
+            _FrameExecStrategy,
+            set_code_exec_strategy,
+        )
+    except ImportError:  # they are no public names
+        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT)
+    set_code_exec_strategy(function.__code__, strategy)
+    function._torchdynamo_disable = True
+    return function
