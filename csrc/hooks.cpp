@@ -1,7 +1,10 @@
 // The hooks as METH_FASTCALL builtins bound to a capsule, and the functions that make them.
 #include "hooks.h"
 
+#include <atomic>
+#include <chrono>
 #include <exception>
+#include <thread>
 
 #include "block.h"
 
@@ -47,6 +50,25 @@ bool without_gil(Body body) {
   });
 }
 
+// Whether the interpreter is about to end; a fact of the process, as its end is.
+std::atomic<bool> process_ends{false};
+
+// How long a thread may take to end that waits for the end of the process; and how long another one
+// waits at most that waits for this thread.
+constexpr std::chrono::seconds kLastWait{5};
+
+// For a thread whose block was shut while it waited for weights. When the process ends that is a
+// daemon: Python has waited for all others. An exception would be its undoing: its frames go, torch
+// frees their tensors without the GIL and takes it back in a destructor, where Python ends the
+// thread by unwinding, and that aborts the process. Out of here it can be unwound.
+void wait_for_end(const std::shared_ptr<State>& held) {
+  // Kept for good: who is unwound has no GIL, and must not free tensors either.
+  static_cast<void>(new std::shared_ptr<State>(held));
+  PyThreadState* thread = PyEval_SaveThread();
+  std::this_thread::sleep_for(kLastWait);
+  PyEval_RestoreThread(thread);
+}
+
 // Another use never ended: an exception such as KeyboardInterrupt left its block, or blocks run
 // inside each other. Either way its masters are bound again.
 bool take_back_active(State& state) {
@@ -86,7 +108,9 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
     position = state.engine->enter(block->index, block->stream);
   };
   const bool may_block = changed || state.engine->may_block(block->index);
-  if (!(may_block ? without_gil(enter) : guarded(enter))) return nullptr;
+  const bool entered = may_block ? without_gil(enter) : guarded(enter);
+  if (!block->is_open && process_ends) wait_for_end(held);
+  if (!entered) return nullptr;
   if (!block->is_open || !block->bind(position)) {
     if (!block->is_open) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
     try {
@@ -253,6 +277,11 @@ PyObject* shut(PyObject*, PyObject* capsule) {
   Py_RETURN_NONE;
 }
 
+PyObject* end_process(PyObject*, PyObject*) {
+  process_ends = true;
+  Py_RETURN_NONE;
+}
+
 // The block's masters are bound for good; its hooks do nothing from now on.
 PyObject* unhook(PyObject*, PyObject* capsule) {
   Block* block = block_of(capsule);
@@ -303,6 +332,9 @@ PyMethodDef kMethods[] = {
     {"set_views", set_views, METH_VARARGS,
      "set_views(capsule, views): one list of tensors, or None, for each position."},
     {"shut", shut, METH_O, "shut(capsule): the block begins no new use."},
+    {"end_process", end_process, METH_NOARGS,
+     "end_process(): from now on a thread whose block is shut while it waits for weights waits for "
+     "the end of the process, for five seconds at most, and then raises."},
     {"unhook", unhook, METH_O, "unhook(capsule): masters are bound, the hooks do nothing."},
     {"runner", runner, METH_O,
      "runner(engine): the thread whose block is bound to the arena now, or 0."},

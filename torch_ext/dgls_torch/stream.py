@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
+from dgls_torch import _C
 from dgls_torch.blocks import budget_shares, models_of
 from dgls_torch.config import StreamConfig
 from dgls_torch.interrupts import uninterrupted
@@ -383,6 +384,7 @@ def _forget(weak: weakref.ref[Stream], parts: _Parts) -> None:
 
 @atexit.register
 def _detach_all() -> None:
+    _C.end_process()
     for stream in list(_live):
         with contextlib.suppress(Exception):
             stream.detach()
