@@ -298,11 +298,12 @@ def test_what_is_attached_at_exit_is_detached() -> None:
     assert (done.stdout, done.stderr) == ("['dgls-copy']\n[] [False, False]\n", "")
 
 
-def test_a_stream_does_without_dynamo_until_it_is_there() -> None:
+def test_a_stream_does_without_dynamo_until_it_is_there(processes: Processes) -> None:
     """It takes seconds to import; what was hooked before is untraced all the same."""
     script = (
-        "import sys, torch, dgls_torch\n"
+        "import sys, torch, warnings, dgls_torch\n"
         "from helpers import SMALL, budgets, inputs, net, same\n"
+        "warnings.simplefilter('error', UserWarning)\n"
         "model, x = net(4), inputs()\n"
         "with torch.inference_mode():\n"
         "    expected = model(x)\n"
@@ -313,15 +314,8 @@ def test_a_stream_does_without_dynamo_until_it_is_there() -> None:
         "        print(all(same(compiled(x), expected) for _ in range(3)), s.report().passes)\n"
         "print('torch._dynamo' in sys.modules)\n"
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    command = [sys.executable, "-W", "error::UserWarning", "-c", script]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.stdout, done.returncode) == ("False\nTrue 4\nTrue\n", 0), done.stderr
+    done = processes.run(script)
+    assert (done.code, done.out) == (0, "False\nTrue 4\nTrue\n"), done.err
 
 
 def test_import_is_lean() -> None:
