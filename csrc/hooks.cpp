@@ -1,7 +1,6 @@
 // The hooks as METH_FASTCALL builtins bound to a capsule, and the functions that make them.
 #include "hooks.h"
 
-#include <atomic>
 #include <chrono>
 #include <exception>
 #include <thread>
@@ -50,8 +49,9 @@ bool without_gil(Body body) {
   });
 }
 
-// Whether the interpreter is about to end; a fact of the process, as its end is.
-std::atomic<bool> process_ends{false};
+// Whether the interpreter is about to end, which is a fact of the process and not of an engine;
+// guarded by the GIL.
+bool process_ends = false;
 
 // How long a thread may take to end that waits for the end of the process; and how long another one
 // waits at most that waits for this thread.
