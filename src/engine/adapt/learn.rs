@@ -4,7 +4,7 @@
 use super::super::command::Command;
 use super::super::core::Core;
 use super::super::trace::Record;
-use super::review::{Adapt, Question};
+use super::review::{Adapt, Outcome, Question};
 use crate::driver::EventSlot;
 use crate::plan::Profile;
 use crate::units::{count, index, narrow, real, whole};
@@ -40,8 +40,14 @@ impl Core {
             self.proposal = None;
             return;
         }
-        if let Some(found) = self.review.take() {
-            self.proposal = Some(found);
+        match self.review.take() {
+            Some(Outcome::Better(found)) => self.proposal = Some(*found),
+            Some(Outcome::Later(passes)) => self.ask_again = Some(passes),
+            Some(Outcome::Nothing) | None => {}
+        }
+        let has_lasted = self.ask_again.is_some_and(|passes| self.assembly.passes() >= passes);
+        if has_lasted && self.proposal.is_none() && !self.review.is_open() {
+            self.look_for_a_plan();
         }
     }
 
@@ -119,9 +125,14 @@ impl Core {
         if self.review.is_open() {
             self.tuner.put_off();
         } else {
-            let question = self.question();
-            self.review.start(self.spec.options.adapt, question);
+            self.look_for_a_plan();
         }
+    }
+
+    fn look_for_a_plan(&mut self) {
+        self.ask_again = None;
+        let question = self.question();
+        self.review.start(self.spec.options.adapt, question);
     }
 
     fn question(&self) -> Question {

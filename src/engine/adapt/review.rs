@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use crate::engine::copying::Locker;
 use crate::plan::{InForce, Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
-use crate::units::{align_up, index, narrow, real};
+use crate::units::{align_up, index, narrow, real, whole};
 
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.0075;
@@ -67,8 +67,13 @@ impl Proposal {
 
 /// How a search ended.
 #[derive(Debug)]
-enum Outcome {
-    Better(Box<Proposal>),
+pub(in crate::engine) enum Outcome<T = Box<Proposal>> {
+    /// With a plan that pays.
+    Better(T),
+    /// With none that pays in the passes that are expected; to be asked again when the plan in
+    /// force has run so many.
+    Later(u64),
+    /// With nothing.
     Nothing,
 }
 
@@ -98,15 +103,18 @@ impl Review {
         let work = move || {
             // A panic leaves nothing behind, page-locks neither, and the plan in force stays.
             let found = catch_unwind(AssertUnwindSafe(move || {
-                let plan = better(&question)?;
+                let plan = match better(&question) {
+                    Outcome::Better(plan) => plan,
+                    Outcome::Later(passes) => return Outcome::Later(passes),
+                    Outcome::Nothing => return Outcome::Nothing,
+                };
                 let pins = question.locker.lock(&plan, &mut |took| {
                     rest(adapt, took);
                     is_wanted.load(Ordering::Relaxed)
                 });
-                Some(Proposal { plan, pins })
+                Outcome::Better(Box::new(Proposal { plan, pins }))
             }));
-            let found = found.ok().flatten().map(Box::new);
-            *outcome.lock() = Some(found.map_or(Outcome::Nothing, Outcome::Better));
+            *outcome.lock() = Some(found.unwrap_or(Outcome::Nothing));
         };
         match adapt {
             Adapt::Off => {}
@@ -119,14 +127,11 @@ impl Review {
         }
     }
 
-    /// The plan to change to, if a search has ended with one. Does not block.
-    pub(in crate::engine) fn take(&mut self) -> Option<Proposal> {
+    /// How a search has ended, if one has since the last call. Does not block.
+    pub(in crate::engine) fn take(&mut self) -> Option<Outcome> {
         let outcome = self.outcome.lock().take()?;
         self.join();
-        match outcome {
-            Outcome::Better(found) if self.is_wanted.load(Ordering::Relaxed) => Some(*found),
-            _ => None,
-        }
+        self.is_wanted.load(Ordering::Relaxed).then_some(outcome)
     }
 
     /// What comes of a search that is under way is dropped, with its page-locks; it locks no more.
@@ -170,17 +175,43 @@ fn rest(adapt: Adapt, took: Duration) {
     }
 }
 
-/// A plan that is worth the change: what it saves in some passes is more than it costs to bring
-/// what newly stays, to read what is newly streamed from a file, to fill the ring again, and to
-/// leave the device idle meanwhile.
-fn better(question: &Question) -> Option<Plan> {
+/// A plan that is worth the change: what it saves in some passes is more than what it costs.
+///
+/// How long the run goes on nobody knows, so what does not pay in the passes that are expected is
+/// judged again when the plan in force has run as many as it takes: then no more was lost by having
+/// waited than the change costs, however long the run is. Where no plan is known to pay in twice
+/// the passes either, after those.
+fn better(question: &Question) -> Outcome<Plan> {
+    let passes = real(question.passes).max(question.horizon);
+    let pays_in = |passes: f64| -> Option<(Plan, f64)> {
+        let in_force = InForce { plan: &question.plan, passes };
+        let found = plan_after(&question.profile, question.budget_bytes, Some(in_force));
+        let (saved_s, cost_s) = saves_and_costs(question, found.as_ref().ok()?)?;
+        Some((found.ok()?, cost_s / saved_s))
+    };
+    let mut found = pays_in(passes);
+    if !found.as_ref().is_some_and(|&(_, wanted)| wanted < passes) {
+        found = pays_in(2.0 * passes);
+    }
+    match found {
+        Some((plan, wanted)) if wanted < passes => Outcome::Better(plan),
+        Some((_, wanted)) => Outcome::Later(whole(wanted) + 1),
+        None => Outcome::Later(whole(2.0 * passes)),
+    }
+}
+
+/// Seconds that a plan saves in each pass, and those that the change takes once: to bring what
+/// newly stays, to read what is newly streamed from a file, to fill the ring again, and to leave
+/// the device idle meanwhile. `None` if what it saves is noise.
+fn saves_and_costs(question: &Question, after: &Plan) -> Option<(f64, f64)> {
     let Question { profile, plan: before, .. } = question;
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
-    let passes = real(question.passes).max(question.horizon);
-    let in_force = InForce { plan: before, passes };
-    let after = plan_after(profile, question.budget_bytes, Some(in_force)).ok()?;
-    let kept = transition(profile, before, &after, true, &|_| true).kept;
+    let saved_s = now_s - after.period_s?;
+    if saved_s <= LEAST_SAVED * now_s {
+        return None;
+    }
+    let kept = transition(profile, before, after, true, &|_| true).kept;
     let new = (0..profile.tensors.len()).filter(|&number| after.resident[number] && !kept[number]);
     let brought: u64 = new.map(|number| align_up(profile.tensors[number].bytes)).sum();
     let most = after
@@ -193,8 +224,7 @@ fn better(question: &Question) -> Option<Plan> {
     let reading_s = question.reading_s.iter().enumerate().filter(read);
     let reading_s: f64 = reading_s.map(|(_, &seconds)| seconds).sum();
     let cost_s = real(brought + fill) / link.bytes_per_s + reading_s + question.pause_s;
-    let saved_s = now_s - after.period_s?;
-    (saved_s > LEAST_SAVED * now_s && saved_s * passes > cost_s).then_some(after)
+    Some((saved_s, cost_s))
 }
 
 /// How residents get from one plan's places to another's.
@@ -290,13 +320,13 @@ mod tests {
     fn a_search_that_nobody_wants_any_more_locks_no_more() {
         let (question, device) = question_of_a_gpu();
         let streamed = {
-            let plan = better(&question).expect("a better one");
+            let plan = found(&question).expect("a better one");
             plan.resident.iter().filter(|&&stays| !stays).count()
         };
         let mut review = Review::default();
         review.start(Adapt::AtOnce, question);
         assert_eq!(device.page_locks().0, streamed);
-        assert!(review.take().is_some());
+        assert!(matches!(review.take(), Some(Outcome::Better(_))));
 
         let (question, device) = question_of_a_gpu();
         let mut review = Review::default();
@@ -317,7 +347,7 @@ mod tests {
     #[test]
     fn a_change_has_to_pay_in_as_many_passes_as_the_last_plan_lasted() {
         let free = question(0.0, 0);
-        let after = better(&free).expect("a better one");
+        let after = found(&free).expect("a better one");
         let now_s = period_s(&free.profile, &free.plan).expect("timed");
         let saved_s = now_s - after.period_s.expect("timed");
         for (pause_s, passes, pays) in [
@@ -326,13 +356,38 @@ mod tests {
             (1.1 * PASSES * saved_s, 100, true),
             (101.0 * saved_s, 100, false),
         ] {
-            let found = better(&question(pause_s, passes));
+            let found = found(&question(pause_s, passes));
             assert_eq!(found.is_some(), pays, "{pause_s} s after {passes} passes");
         }
         let reads =
-            |seconds: f64| better(&Question { reading_s: vec![seconds; 96], ..question(0.0, 0) });
+            |seconds: f64| found(&Question { reading_s: vec![seconds; 96], ..question(0.0, 0) });
         assert!(reads(1e-6).is_some() && reads(PASSES * saved_s).is_none(), "what is read counts");
         let unsure = Question { horizon: 5.0, ..question(0.5 * PASSES * saved_s, 0) };
-        assert!(better(&unsure).is_none(), "the last plans did not last");
+        assert!(found(&unsure).is_none(), "the last plans did not last");
+    }
+
+    #[test]
+    fn what_does_not_pay_yet_is_judged_again_when_it_does() {
+        let free = question(0.0, 0);
+        let now_s = period_s(&free.profile, &free.plan).expect("timed");
+        let saved_s = now_s - found(&free).and_then(|plan| plan.period_s).expect("timed");
+        for wanted in [1.3, 1.9, 7.0] {
+            let pause_s = wanted * PASSES * saved_s;
+            let Outcome::Later(passes) = better(&question(pause_s, 0)) else {
+                panic!("it pays in {wanted} times the passes that are expected");
+            };
+            assert!(real(passes) >= wanted * PASSES, "{passes} passes");
+            assert!(found(&question(pause_s, passes)).is_some(), "after {passes} passes");
+            assert!(found(&question(pause_s, passes * 9 / 10)).is_none(), "not much sooner");
+        }
+        let best = Question { plan: found(&free).expect("a better one"), ..question(0.0, 30) };
+        assert!(matches!(better(&best), Outcome::Later(60)), "times may change");
+    }
+
+    fn found(question: &Question) -> Option<Plan> {
+        match better(question) {
+            Outcome::Better(plan) => Some(plan),
+            Outcome::Later(_) | Outcome::Nothing => None,
+        }
     }
 }
