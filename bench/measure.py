@@ -33,6 +33,10 @@ class Effort:
 
     warm: int = 5
     """Passes after the two checked ones and before the timed ones."""
+    settling_s: float = 0.0
+    """Seconds of more passes before those, for an engine that learns."""
+    settling: int = 60
+    """How many of those there are at most."""
     least: int = 3
     most: int = 8
     seconds: float = 1.2
@@ -44,6 +48,10 @@ class Effort:
     def passes(self, pass_s: float) -> int:
         """The number for passes of ``pass_s`` seconds."""
         return max(self.least, min(self.most, int(self.seconds / max(pass_s, 1e-6)) + 1))
+
+    def passes_to_settle(self, pass_s: float) -> int:
+        """The number for an engine that learns."""
+        return max(1, min(self.settling, int(self.settling_s / max(pass_s, 1e-6))))
 
     def passes_of_round(self, pass_s: float) -> int:
         """The number in each round."""

@@ -60,6 +60,10 @@ comes is chance.
 """
 
 
+_FIRST = """Of an engine that learns, the passes after the two whose output is checked and before
+those that are timed: the mean of all of them, with the changes of plan that they had.
+"""
+
 _ACCOUNT = """Milliseconds, from a profile of a few passes more: `profiled` is what those took by
 events, `sum` the parts together, `alone` compute alone. An engine that was faster has a line of its
 own.
@@ -105,6 +109,23 @@ def _beds(results: Results) -> list[str]:
         row = (*first, f"{1e3 * limit.seconds:.1f}", took + "".join(marks), best, *texts)
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def _first_passes(results: Results) -> list[str]:
+    """What an engine that learns took for the passes before the timed ones."""
+    rows: list[tuple[str, ...]] = []
+    for (key, _, point), cells in ordered(results):
+        cell = cells.get("dgls")
+        if cell is None or cell["status"] != "ok" or "settling" not in cell:
+            continue
+        limit_s, first_s = results.limit(cell).seconds, cell["settling_pass_s"]
+        place = (key, f"{100 * results.share(cell):.0f} %", point, f"{cell['settling']}")
+        then = f"{100 * limit_s / cell['pass_s']:.1f}"
+        rows.append((*place, f"{1e3 * first_s:.1f}", f"{100 * limit_s / first_s:.1f}", then))
+    if not rows:
+        return []
+    head = ("bed", "budget", "tokens", "passes", "mean ms", "efficiency", "then")
+    return ["", "### The first passes", "", _FIRST, *_markdown([head, *rows])]
 
 
 def _standing(results: Results, cells: dict[str, dict[str, Any]]) -> str:
@@ -251,6 +272,7 @@ def text(loaded: list[Results], chart: str) -> str:
     lines = [_HEAD, f"![efficiency over copy/compute]({chart})", ""]
     for number, results in enumerate(loaded, 1):
         lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
+        lines += _first_passes(results)
         lines += ["", "### Where a pass went", ""]
         lines += [_ACCOUNT]
         lines += _markdown(account_rows(results))

@@ -238,6 +238,7 @@ class Worker:
         begun = time.perf_counter()
         first_hash = measure.digest(step, x, c)
         first = (time.perf_counter() - begun) / measure.CHECKED_PASSES
+        settling = self._settle(attached, x, c)
         launch_s = measure.launch_s(job.device)
         rest = turns.take if turns.are_on else None
         timing, allocations = measure.steady(step, x, c, job.effort, rest)
@@ -261,7 +262,18 @@ class Worker:
             "gaps_bytes": watch.gaps_bytes,
             "allocations": allocations,
         }
-        return row | turns.row(), timing, x, c
+        return row | settling | turns.row(), timing, x, c
+
+    def _settle(self, attached: Attached, x: Any, c: Any) -> dict[str, Any]:
+        """Passes in which an engine learns: how many, and the mean of all with what it changes."""
+        from bench import measure
+
+        effort = self.job.effort
+        if not attached.learns or effort.settling_s == 0.0:
+            return {}
+        passes = effort.passes_to_settle(measure.timed(attached.step, x, c, 1).median_s)
+        took = measure.timed(attached.step, x, c, passes).passes
+        return {"settling": passes, "settling_pass_s": sum(took) / passes}
 
 
 def main(argv: list[str]) -> int:

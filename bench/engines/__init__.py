@@ -41,6 +41,8 @@ class Attached:
     close: Callable[[], None]
     facts: Callable[[], dict[str, Any]] = field(default=_no_facts)
     """What the engine says of itself, read after the measurement."""
+    learns: bool = False
+    """Whether it goes on changing what it does by what it measures: it gets passes to settle."""
 
 
 @dataclass(frozen=True)

@@ -40,4 +40,4 @@ def attach(setup: Setup) -> Attached:
             "errors": report.errors,
         }
 
-    return Attached(setup.stack, stream.detach, facts)
+    return Attached(setup.stack, stream.detach, facts, learns=True)

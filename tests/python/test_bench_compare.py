@@ -314,6 +314,14 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "benchmarks.svg").read_text()
 
 
+def test_the_page_shows_what_learning_took(tmp_path: Path) -> None:
+    results = good()
+    assert "### The first passes" not in page_of(results, tmp_path)
+    results.value["cells"][0] |= {"settling": 40, "settling_pass_s": 1.6}
+    text = page_of(results, tmp_path)
+    assert "| flux-bf16 | 25 % | 512 | 40 | 1600.0 | 93.8 | 96.8 |" in text
+
+
 def test_the_page_shows_the_limits_beside_cells(tmp_path: Path) -> None:
     results = good()
     cells = results.value["cells"]

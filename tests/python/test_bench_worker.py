@@ -40,6 +40,7 @@ class Odd(Engine):
     errors: list[Exception | None]
     """Of each attachment in turn; None for none."""
     open_now: int
+    learns: bool
 
     def attach(self, setup: Setup) -> Attached:
         error = self.errors.pop(0) if self.errors else None
@@ -54,13 +55,23 @@ class Odd(Engine):
         def close() -> None:
             object.__setattr__(self, "open_now", self.open_now - 1)
 
-        return Attached(step, close)
+        return Attached(step, close, learns=self.learns)
 
 
-def rows(folder: Path, errors: list[Exception | None], seconds: float = 60) -> list[dict[str, Any]]:
+EFFORT = Effort(warm=1, least=1, most=1, seconds=0.0)
+
+
+def rows(
+    folder: Path,
+    errors: list[Exception | None],
+    seconds: float = 60,
+    effort: Effort = EFFORT,
+    learns: bool = False,
+) -> list[dict[str, Any]]:
     """The rows of a job of two budgets with two points each."""
     engine = Odd("odd", "none")
     object.__setattr__(engine, "errors", errors)
+    object.__setattr__(engine, "learns", learns)
     object.__setattr__(engine, "open_now", 0)
     stack = weights.load(BED.workload, weights.make(BED.workload, folder, CPU))
     references = {}
@@ -74,7 +85,7 @@ def rows(folder: Path, errors: list[Exception | None], seconds: float = 60) -> l
         device=CPU,
         link_bytes_per_s=None,
         measured_link=None,
-        effort=Effort(warm=1, least=1, most=1, seconds=0.0),
+        effort=effort,
         cells=[(budget, point) for budget in (10, 20) for point in POINTS],
         references=references,
         deadline=time.time() + seconds,
@@ -97,6 +108,16 @@ def test_all_cells_are_measured(tmp_path: Path) -> None:
     assert [outcome(row) for row in rows(tmp_path, [])] == [
         (budget, point, "ok", True, True) for budget in (10, 20) for point in ("3", "4")
     ]
+
+
+def test_an_engine_that_learns_has_passes_to_settle_before_it_is_timed(tmp_path: Path) -> None:
+    effort = Effort(warm=1, least=1, most=1, seconds=0.0, settling_s=60.0, settling=7)
+    for learns, settling in ((True, 7), (False, None)):
+        found = rows(tmp_path, [], effort=effort, learns=learns)
+        assert [row.get("settling") for row in found] == [settling] * 4
+        assert all(row.get("settling_pass_s", 1.0) > 0.0 for row in found)
+    assert all("settling" not in row for row in rows(tmp_path, [], learns=True))
+    assert [Effort(settling_s=12.0).passes_to_settle(s) for s in (0.01, 0.5, 20.0)] == [60, 24, 1]
 
 
 def test_out_of_memory_is_tried_again_without_the_cap(tmp_path: Path) -> None:
