@@ -106,7 +106,19 @@ impl Compiler {
             Some(Held { start, end, number }),
             after.map(|held| Held { start: end, ..held }),
         ];
-        self.held.splice(first..last, parts.into_iter().flatten());
+        // In place, since most pieces have room for as many parts as they replace.
+        let mut at = first;
+        for part in parts.into_iter().flatten() {
+            if at < last {
+                self.held[at] = part;
+            } else {
+                self.held.insert(at, part);
+            }
+            at += 1;
+        }
+        if at < last {
+            self.held.drain(at..last);
+        }
     }
 }
 
