@@ -40,6 +40,15 @@ struct Active {
     quiet: bool,
 }
 
+/// Passes that the host may be ahead of the device without times being lost: marks are made anew
+/// after one more. The driver takes about a thousand launches before it makes the host wait.
+const AHEAD: u32 = 4;
+
+/// Sets of events, of one cycle of uses each.
+fn sets(program: &Program) -> u32 {
+    (AHEAD + 1).div_ceil(program.passes.max(1)).max(2)
+}
+
 /// What `enter` found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entered {
@@ -122,9 +131,9 @@ impl Schedule {
         }
     }
 
-    /// Event slots that a program needs: two for each use, and the origin.
+    /// Event slots that a program needs: a few for each use, and the origin.
     pub fn event_slots(program: &Program) -> u32 {
-        2 * narrow(program.uses.len()) + 1
+        sets(program) * narrow(program.uses.len()) + 1
     }
 
     /// Commands that one call can give at most.
@@ -140,11 +149,10 @@ impl Schedule {
         u32::try_from(number % self.cycle()).expect("less than `cycle`, which is a u32")
     }
 
-    /// Two sets of events take turns, so that one can be read while the other is in use.
+    /// Sets of events take turns, so that one can be read while others are in use.
     fn slot(&self, number: u64) -> EventSlot {
-        let second = (number / self.cycle()) % 2 == 1;
-        let first = if second { narrow(self.program.uses.len()) } else { 0 };
-        EventSlot(first + self.position(number))
+        let set = (number / self.cycle()) % u64::from(sets(&self.program));
+        EventSlot(narrow(index(set) * self.program.uses.len()) + self.position(number))
     }
 
     /// The event slot of `number`: for reading times.
@@ -154,7 +162,7 @@ impl Schedule {
 
     /// The event that stands for all that the compute stream did before the first use.
     pub fn origin(&self) -> EventSlot {
-        EventSlot(2 * narrow(self.program.uses.len()))
+        EventSlot(Self::event_slots(&self.program) - 1)
     }
 
     /// Whether nothing was marked on the compute stream yet: the arena may still be read by

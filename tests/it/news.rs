@@ -58,6 +58,20 @@ fn pauses_after_some_passes_keep_no_better_plan_away() {
 }
 
 #[test]
+fn a_host_that_is_four_passes_ahead_learns_as_well() {
+    let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    for ahead in [0, 1, 2, 4] {
+        let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
+        run.flaky.go_ahead(ahead * profile.order.len() as u64);
+        run.mean(16, truth, &mut exactly);
+        assert_eq!(run.engine.stats().counters.adopted, 1, "{ahead} passes ahead");
+        run.finish();
+    }
+}
+
+#[test]
 fn what_the_first_block_tells_is_known_within_its_pass() {
     let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
     let profile = all()[0].profile(2, 150.0, 25e9);
