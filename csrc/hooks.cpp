@@ -109,10 +109,12 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
   };
   const bool may_block = changed || state.engine->may_block(block->index);
   const bool entered = may_block ? without_gil(enter) : guarded(enter);
-  if (!block->is_open && process_ends) wait_for_end(held);
+  const bool is_shut = !block->is_open;
+  if (is_shut && process_ends) wait_for_end(held);
+  // Also where the engine was closed before it was entered, which says less.
+  if (is_shut) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
   if (!entered) return nullptr;
-  if (!block->is_open || !block->bind(position)) {
-    if (!block->is_open) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
+  if (is_shut || !block->bind(position)) {
     try {
       state.engine->exit(block->stream);
     } catch (const std::exception&) {

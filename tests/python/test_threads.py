@@ -258,6 +258,22 @@ def test_a_thread_that_died_in_a_block_is_not_waited_for() -> None:
         before.check(model)
 
 
+def test_a_model_that_is_detached_just_before_the_engine_is_entered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = net(), inputs()
+    order = [5, 4, 3, 2, 1, 0]
+    expected, before = net()(x, order), Snapshot(model)
+    with torch.inference_mode():
+        s = dgls_torch.stream(model, budgets(model)[1], **SMALL)
+        model(x, order)  # the next pass takes up this order
+        monkeypatch.setattr(s._engine, "rebuild", lambda: in_threads(s.detach))
+        with pytest.raises(RuntimeError, match=r"^dgls: detached in another thread$"):
+            model(x, order)
+        before.check(model)
+        assert same(model(x, order), expected)
+
+
 def test_one_thread_at_a_time_takes_up_a_plan() -> None:
     """Else views of one plan could be bound for the next one."""
     model, x = net(), inputs()
