@@ -88,7 +88,8 @@ pub struct UseTimes {
 /// A wait on an event that was never recorded is a no-op, as in CUDA. Whoever waits must know
 /// that the record was enqueued before.
 pub trait Device: Send + Sync + std::fmt::Debug {
-    /// Makes the events for `slots` uses and `chunks` staging chunks; drops those made before.
+    /// Has events for `slots` uses and `chunks` staging chunks; those of before count as never
+    /// marked. Nothing may be under way.
     ///
     /// # Errors
     ///

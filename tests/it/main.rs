@@ -4,6 +4,7 @@ mod adaptation;
 mod allocation;
 mod batches;
 mod chaos;
+mod cuda_events;
 mod cuda_fake;
 mod cuda_faults;
 mod ended;

@@ -141,8 +141,14 @@ impl Device for CudaDevice {
     fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
         let _bound = self.primary.bind()?;
         let api = self.primary.api;
-        let made: Vec<Slot> =
-            (0..slots).map(|_| Slot::new(api, self.timing)).collect::<Result<_>>()?;
+        // Two thousand events for sixty blocks: the device would wait for them at a change of plan.
+        // Nothing runs, so what a plan before recorded has passed, as if it never had been.
+        let mut made = self.slots.lock();
+        made.iter().for_each(Slot::reset);
+        while made.len() < index(slots) {
+            made.push(Slot::new(api, self.timing)?);
+        }
+        drop(made);
         let ends = (0..chunks)
             .map(|_| Event::new(api, EVENT_BLOCKING).map(Arc::new))
             .collect::<Result<_>>()?;
@@ -152,7 +158,6 @@ impl Device for CudaDevice {
         } else {
             None
         };
-        *self.slots.lock() = made;
         *self.chunks.lock() = ends;
         Ok(())
     }

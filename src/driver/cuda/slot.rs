@@ -50,6 +50,12 @@ impl Slot {
         })
     }
 
+    /// No start was marked.
+    pub(super) fn reset(&self) {
+        self.times_copies.store(false, Ordering::Relaxed);
+        self.times_compute.store(false, Ordering::Relaxed);
+    }
+
     /// The timed events, if `flag` is up; it is taken down.
     pub(super) fn timed_now(&self, flag: &AtomicBool) -> Option<&Timed> {
         self.timed.as_ref().filter(|_| flag.swap(false, Ordering::Relaxed))
