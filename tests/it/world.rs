@@ -86,7 +86,9 @@ pub(crate) fn run(seed: u64, setup: &Setup) -> Outcome {
     let Some(mut world) = World::new(seed, setup) else {
         return Outcome { seed, errors: 1, ..Outcome::default() };
     };
-    for _ in 0..world.random.between(2, 7) {
+    // Marks are made anew after five passes.
+    let most = if world.random.chance(12) { 14 } else { 7 };
+    for _ in 0..world.random.between(2, most) {
         world.pass();
         if world.poisoned {
             break;
