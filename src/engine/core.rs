@@ -47,8 +47,6 @@ pub(super) struct Core {
     pub(super) review: Review,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Proposal>,
-    /// Passes of the plan in force after which to look for a better one, besides other reasons.
-    pub(super) ask_again: Option<u64>,
     /// Since when the device has had nothing to do, because a better plan is taken up.
     pub(super) idle_since: Option<Instant>,
     /// A better plan was taken up, and its first pass has not been timed yet.
@@ -133,7 +131,6 @@ impl Core {
             tuner: Tuner::new(),
             review: Review::default(),
             proposal: None,
-            ask_again: None,
             idle_since: None,
             is_fresh: false,
             counters: Counters::default(),

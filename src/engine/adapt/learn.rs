@@ -4,7 +4,7 @@
 use super::super::command::Command;
 use super::super::core::Core;
 use super::super::trace::Record;
-use super::review::{Adapt, Outcome, Question};
+use super::review::{Adapt, Question};
 use crate::driver::EventSlot;
 use crate::plan::Profile;
 use crate::units::{count, index, narrow, real, whole};
@@ -40,13 +40,10 @@ impl Core {
             self.proposal = None;
             return;
         }
-        match self.review.take() {
-            Some(Outcome::Better(found)) => self.proposal = Some(*found),
-            Some(Outcome::Later(passes)) => self.ask_again = Some(passes),
-            Some(Outcome::Nothing) | None => {}
+        if let Some(found) = self.review.take() {
+            self.proposal = Some(found);
         }
-        let has_lasted = self.ask_again.is_some_and(|passes| self.assembly.passes() >= passes);
-        if has_lasted && self.proposal.is_none() && !self.review.is_open() {
+        if self.proposal.is_none() && self.review.is_due(self.assembly.passes()) {
             self.look_for_a_plan();
         }
     }
@@ -130,7 +127,6 @@ impl Core {
     }
 
     fn look_for_a_plan(&mut self) {
-        self.ask_again = None;
         let question = self.question();
         self.review.start(self.spec.options.adapt, question);
     }

@@ -67,13 +67,11 @@ impl Proposal {
 
 /// How a search ended.
 #[derive(Debug)]
-pub(in crate::engine) enum Outcome<T = Box<Proposal>> {
-    /// With a plan that pays.
-    Better(T),
-    /// With none that pays in the passes that are expected; to be asked again when the plan in
-    /// force has run so many.
+enum Outcome {
+    Better(Box<Proposal>),
+    /// None pays in the passes that are expected; to be asked again after so many of the plan in
+    /// force.
     Later(u64),
-    /// With nothing.
     Nothing,
 }
 
@@ -84,12 +82,20 @@ pub(in crate::engine) struct Review {
     thread: Option<JoinHandle<()>>,
     /// Whether what comes of the search is wanted still.
     is_wanted: Arc<AtomicBool>,
+    /// Passes of the plan in force after which the next search is due.
+    due: Option<u64>,
 }
 
 impl Review {
     /// Whether a search is under way, or its outcome was not taken yet.
     pub(in crate::engine) fn is_open(&self) -> bool {
         self.thread.is_some() || self.outcome.lock().is_some()
+    }
+
+    /// Whether the last search found that another is due once the plan in force has run so many
+    /// passes.
+    pub(in crate::engine) fn is_due(&self, passes: u64) -> bool {
+        self.due.is_some_and(|due| passes >= due) && !self.is_open()
     }
 
     /// Starts a search.
@@ -100,13 +106,13 @@ impl Review {
     fn start_as(&mut self, adapt: Adapt, question: Question, is_wanted: Arc<AtomicBool>) {
         let outcome = Arc::clone(&self.outcome);
         self.is_wanted = Arc::clone(&is_wanted);
+        self.due = None;
         let work = move || {
             // A panic leaves nothing behind, page-locks neither, and the plan in force stays.
             let found = catch_unwind(AssertUnwindSafe(move || {
                 let plan = match better(&question) {
-                    Outcome::Better(plan) => plan,
-                    Outcome::Later(passes) => return Outcome::Later(passes),
-                    Outcome::Nothing => return Outcome::Nothing,
+                    Ok(plan) => plan,
+                    Err(passes) => return Outcome::Later(passes),
                 };
                 let pins = question.locker.lock(&plan, &mut |took| {
                     rest(adapt, took);
@@ -127,11 +133,19 @@ impl Review {
         }
     }
 
-    /// How a search has ended, if one has since the last call. Does not block.
-    pub(in crate::engine) fn take(&mut self) -> Option<Outcome> {
+    /// The plan to change to, if a search has ended with one. Does not block.
+    pub(in crate::engine) fn take(&mut self) -> Option<Proposal> {
         let outcome = self.outcome.lock().take()?;
         self.join();
-        self.is_wanted.load(Ordering::Relaxed).then_some(outcome)
+        match outcome {
+            _ if !self.is_wanted.load(Ordering::Relaxed) => None,
+            Outcome::Better(found) => Some(*found),
+            Outcome::Later(passes) => {
+                self.due = Some(passes);
+                None
+            }
+            Outcome::Nothing => None,
+        }
     }
 
     /// What comes of a search that is under way is dropped, with its page-locks; it locks no more.
@@ -181,29 +195,30 @@ fn rest(adapt: Adapt, took: Duration) {
 /// judged again when the plan in force has run as many as it takes: then no more was lost by having
 /// waited than the change costs, however long the run is. Where no plan is known to pay in twice
 /// the passes either, after those.
-fn better(question: &Question) -> Outcome<Plan> {
+///
+/// # Errors
+///
+/// None is; the passes of the plan in force after which to ask again.
+fn better(question: &Question) -> Result<Plan, u64> {
     let passes = real(question.passes).max(question.horizon);
-    let pays_in = |passes: f64| -> Option<(Plan, f64)> {
+    let search = |passes: f64| -> Option<(Plan, f64)> {
         let in_force = InForce { plan: &question.plan, passes };
-        let found = plan_after(&question.profile, question.budget_bytes, Some(in_force));
-        let (saved_s, cost_s) = saves_and_costs(question, found.as_ref().ok()?)?;
-        Some((found.ok()?, cost_s / saved_s))
+        let found = plan_after(&question.profile, question.budget_bytes, Some(in_force)).ok()?;
+        let needed = passes_to_pay(question, &found)?;
+        Some((found, needed))
     };
-    let mut found = pays_in(passes);
-    if !found.as_ref().is_some_and(|&(_, wanted)| wanted < passes) {
-        found = pays_in(2.0 * passes);
-    }
-    match found {
-        Some((plan, wanted)) if wanted < passes => Outcome::Better(plan),
-        Some((_, wanted)) => Outcome::Later(whole(wanted) + 1),
-        None => Outcome::Later(whole(2.0 * passes)),
-    }
+    let pays = |(_, needed): &(Plan, f64)| *needed < passes;
+    let (found, needed) = search(passes)
+        .filter(pays)
+        .or_else(|| search(2.0 * passes))
+        .ok_or_else(|| whole(2.0 * passes))?;
+    if needed < passes { Ok(found) } else { Err(whole(needed) + 1) }
 }
 
-/// Seconds that a plan saves in each pass, and those that the change takes once: to bring what
-/// newly stays, to read what is newly streamed from a file, to fill the ring again, and to leave
-/// the device idle meanwhile. `None` if what it saves is noise.
-fn saves_and_costs(question: &Question, after: &Plan) -> Option<(f64, f64)> {
+/// Passes in which a plan saves what the change to it takes once: to bring what newly stays, to
+/// read what is newly streamed from a file, to fill the ring again, and to leave the device idle
+/// meanwhile. `None` if what it saves is noise.
+fn passes_to_pay(question: &Question, after: &Plan) -> Option<f64> {
     let Question { profile, plan: before, .. } = question;
     let link = profile.times.as_ref()?.link;
     let now_s = period_s(profile, before).ok()?;
@@ -224,7 +239,7 @@ fn saves_and_costs(question: &Question, after: &Plan) -> Option<(f64, f64)> {
     let reading_s = question.reading_s.iter().enumerate().filter(read);
     let reading_s: f64 = reading_s.map(|(_, &seconds)| seconds).sum();
     let cost_s = real(brought + fill) / link.bytes_per_s + reading_s + question.pause_s;
-    Some((saved_s, cost_s))
+    Some(cost_s / saved_s)
 }
 
 /// How residents get from one plan's places to another's.
@@ -320,13 +335,13 @@ mod tests {
     fn a_search_that_nobody_wants_any_more_locks_no_more() {
         let (question, device) = question_of_a_gpu();
         let streamed = {
-            let plan = found(&question).expect("a better one");
+            let plan = better(&question).expect("a better one");
             plan.resident.iter().filter(|&&stays| !stays).count()
         };
         let mut review = Review::default();
         review.start(Adapt::AtOnce, question);
         assert_eq!(device.page_locks().0, streamed);
-        assert!(matches!(review.take(), Some(Outcome::Better(_))));
+        assert!(review.take().is_some());
 
         let (question, device) = question_of_a_gpu();
         let mut review = Review::default();
@@ -347,7 +362,7 @@ mod tests {
     #[test]
     fn a_change_has_to_pay_in_as_many_passes_as_the_last_plan_lasted() {
         let free = question(0.0, 0);
-        let after = found(&free).expect("a better one");
+        let after = better(&free).expect("a better one");
         let now_s = period_s(&free.profile, &free.plan).expect("timed");
         let saved_s = now_s - after.period_s.expect("timed");
         for (pause_s, passes, pays) in [
@@ -356,38 +371,29 @@ mod tests {
             (1.1 * PASSES * saved_s, 100, true),
             (101.0 * saved_s, 100, false),
         ] {
-            let found = found(&question(pause_s, passes));
-            assert_eq!(found.is_some(), pays, "{pause_s} s after {passes} passes");
+            let found = better(&question(pause_s, passes));
+            assert_eq!(found.is_ok(), pays, "{pause_s} s after {passes} passes");
         }
         let reads =
-            |seconds: f64| found(&Question { reading_s: vec![seconds; 96], ..question(0.0, 0) });
-        assert!(reads(1e-6).is_some() && reads(PASSES * saved_s).is_none(), "what is read counts");
+            |seconds: f64| better(&Question { reading_s: vec![seconds; 96], ..question(0.0, 0) });
+        assert!(reads(1e-6).is_ok() && reads(PASSES * saved_s).is_err(), "what is read counts");
         let unsure = Question { horizon: 5.0, ..question(0.5 * PASSES * saved_s, 0) };
-        assert!(found(&unsure).is_none(), "the last plans did not last");
+        assert!(better(&unsure).is_err(), "the last plans did not last");
     }
 
     #[test]
     fn what_does_not_pay_yet_is_judged_again_when_it_does() {
         let free = question(0.0, 0);
         let now_s = period_s(&free.profile, &free.plan).expect("timed");
-        let saved_s = now_s - found(&free).and_then(|plan| plan.period_s).expect("timed");
+        let saved_s = now_s - better(&free).expect("a better one").period_s.expect("timed");
         for wanted in [1.3, 1.9, 7.0] {
             let pause_s = wanted * PASSES * saved_s;
-            let Outcome::Later(passes) = better(&question(pause_s, 0)) else {
-                panic!("it pays in {wanted} times the passes that are expected");
-            };
+            let passes = better(&question(pause_s, 0)).expect_err("too early");
             assert!(real(passes) >= wanted * PASSES, "{passes} passes");
-            assert!(found(&question(pause_s, passes)).is_some(), "after {passes} passes");
-            assert!(found(&question(pause_s, passes * 9 / 10)).is_none(), "not much sooner");
+            assert!(better(&question(pause_s, passes)).is_ok(), "after {passes} passes");
+            assert!(better(&question(pause_s, passes * 9 / 10)).is_err(), "not much sooner");
         }
-        let best = Question { plan: found(&free).expect("a better one"), ..question(0.0, 30) };
-        assert!(matches!(better(&best), Outcome::Later(60)), "times may change");
-    }
-
-    fn found(question: &Question) -> Option<Plan> {
-        match better(question) {
-            Outcome::Better(plan) => Some(plan),
-            Outcome::Later(_) | Outcome::Nothing => None,
-        }
+        let best = Question { plan: better(&free).expect("a better one"), ..question(0.0, 30) };
+        assert_eq!(better(&best).expect_err("the best"), 60, "times may change");
     }
 }
