@@ -116,12 +116,13 @@ def _first_passes(results: Results) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for (key, _, point), cells in ordered(results):
         cell = cells.get("dgls")
-        if cell is None or cell["status"] != "ok" or "settling" not in cell:
+        if cell is None or "settling" not in cell:
             continue
-        limit_s, first_s = results.limit(cell).seconds, cell["settling_pass_s"]
+        first_s = cell["settling_pass_s"]
+        first = results.limit(cell).seconds / first_s
         place = (key, f"{100 * results.share(cell):.0f} %", point, f"{cell['settling']}")
-        then = f"{100 * limit_s / cell['pass_s']:.1f}"
-        rows.append((*place, f"{1e3 * first_s:.1f}", f"{100 * limit_s / first_s:.1f}", then))
+        then = cell_text(results, cell)
+        rows.append((*place, f"{1e3 * first_s:.1f}", f"{100 * first:.1f}", then))
     if not rows:
         return []
     head = ("bed", "budget", "tokens", "passes", "mean ms", "efficiency", "then")
