@@ -20,6 +20,7 @@ from bench.plans import PLANS
 from bench.table import account_rows, cell_text, engines_of, link_text, losers, ordered
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from bench.results import Results
@@ -29,10 +30,10 @@ EVEN = 1.01
 
 _HEAD = """# Benchmarks
 
-Made by `python -m bench page` from the runs named below. Efficiency is the physical limit over the
-measured time, in percent. The limit of a pass is the larger of compute alone (the resident model,
-measured) and the bytes beyond the budget over the measured rate of page-locked copies. Both are
-measured beside each cell: another process with the resident model takes turns with the engine's
+Made by `python -m bench page` from the results in docs/runs. Efficiency is the physical limit over
+the measured time, in percent. The limit of a pass is the larger of compute alone (the resident
+model, measured) and the bytes beyond the budget over the measured rate of page-locked copies. Both
+are measured beside each cell: another process with the resident model takes turns with the engine's
 passes, and engines are compared by what each took of its own limit. Cells without that, as those of
 older runs, have what was measured once for each model. `limit ms` is that of dgls_torch's cell;
 `ratio` is copy over compute: above 1 the link decides. One engine per process, the same blocks,
@@ -203,7 +204,7 @@ def _left(loaded: list[Results]) -> list[str]:
         left = [title for key, title in beds.items() if key not in measured]
         if left and name not in ("ci", "host"):
             lines.append(f"- of `{name}`: {', '.join(left)}")
-    return ["## Not run", "", *lines] if lines else []
+    return ["## Not in these runs", "", *lines] if lines else []
 
 
 def _missed(results: Results) -> list[str]:
@@ -268,9 +269,12 @@ def draw(loaded: list[Results], path: Path) -> None:
     pyplot.close(figure)
 
 
-def text(loaded: list[Results], chart: str) -> str:
-    """The page."""
+def text(loaded: list[Results], chart: str, earlier: Sequence[str] = ()) -> str:
+    """The page; ``earlier`` are the pages of other runs."""
     lines = [_HEAD, f"![efficiency over copy/compute]({chart})", ""]
+    if earlier:
+        pages = ", ".join(f"[{name}]({name})" for name in earlier)
+        lines += [f"Earlier runs, with an older engine: {pages}.", ""]
     for number, results in enumerate(loaded, 1):
         lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
         lines += _first_passes(results)
@@ -285,8 +289,9 @@ def text(loaded: list[Results], chart: str) -> str:
 
 
 def write(loaded: list[Results], path: Path) -> None:
-    """Writes the page and, beside it, the chart."""
+    """Writes the page and, beside it, the chart; names the pages of earlier runs beside it."""
     chart: Any = path.with_suffix(".svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(loaded, chart)
-    path.write_text(text(loaded, chart.name), encoding="utf-8")
+    earlier = sorted(page.name for page in path.parent.glob(f"{path.stem}-*.md"))
+    path.write_text(text(loaded, chart.name, earlier), encoding="utf-8")

@@ -314,6 +314,24 @@ def test_the_page_shows_everything(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "benchmarks.svg").read_text()
 
 
+def test_the_page_names_those_of_earlier_runs(tmp_path: Path) -> None:
+    assert "Earlier runs" not in page_of(good(), tmp_path)
+    (tmp_path / "benchmarks-2026-01-02.md").touch()
+    assert "[benchmarks-2026-01-02.md](benchmarks-2026-01-02.md)" in page_of(good(), tmp_path)
+
+
+def test_the_published_page_is_made_of_the_published_results(tmp_path: Path) -> None:
+    docs = bench_path.ROOT / "docs"
+    for earlier in docs.glob("benchmarks-*.md"):
+        (tmp_path / earlier.name).touch()
+    target = tmp_path / "benchmarks.md"
+    page.write([Results.load(path) for path in sorted((docs / "runs").glob("*.json"))], target)
+    published = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    assert target.read_text(encoding="utf-8") == published, (
+        "run python -m bench page docs/runs/*.json"
+    )
+
+
 def test_the_page_shows_what_learning_took(tmp_path: Path) -> None:
     results = good()
     assert "### The first passes" not in page_of(results, tmp_path)
