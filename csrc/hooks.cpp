@@ -1,8 +1,10 @@
 // The hooks as METH_FASTCALL builtins bound to a capsule, and the functions that make them.
 #include "hooks.h"
 
+#include <algorithm>
 #include <chrono>
 #include <exception>
+#include <optional>
 #include <thread>
 
 #include "block.h"
@@ -69,6 +71,24 @@ void wait_for_end(const std::shared_ptr<State>& held) {
   PyEval_RestoreThread(thread);
 }
 
+// Says that this thread is in a pre-hook, while it may wait without the GIL and nothing is bound.
+class Entering {
+ public:
+  explicit Entering(State& state) : state_(state), thread_(PyThread_get_thread_ident()) {
+    state_.entering.push_back(thread_);
+  }
+  ~Entering() {
+    std::vector<unsigned long>& all = state_.entering;
+    all.erase(std::find(all.begin(), all.end(), thread_));
+  }
+  Entering(const Entering&) = delete;
+  Entering& operator=(const Entering&) = delete;
+
+ private:
+  State& state_;
+  const unsigned long thread_;
+};
+
 // Another use never ended: an exception such as KeyboardInterrupt left its block, or blocks run
 // inside each other. Either way its masters are bound again.
 bool take_back_active(State& state) {
@@ -108,13 +128,16 @@ PyObject* before_forward(PyObject* capsule, PyObject* const* args, Py_ssize_t co
     position = state.engine->enter(block->index, block->stream);
   };
   const bool may_block = changed || state.engine->may_block(block->index);
+  std::optional<Entering> mark;
+  if (!guarded([&] { mark.emplace(state); })) return nullptr;
   const bool entered = may_block ? without_gil(enter) : guarded(enter);
-  const bool is_shut = !block->is_open;
-  if (is_shut && process_ends) wait_for_end(held);
-  // Also where the engine was closed before it was entered, which says less.
-  if (is_shut) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
+  if (!block->is_open && process_ends) wait_for_end(held);
+  // Whoever shuts a block waits for the end of this use, but not for ever. The engine's own error
+  // says less then.
+  const bool is_gone = block->state == nullptr;
+  if (is_gone) PyErr_SetString(PyExc_RuntimeError, "dgls: detached in another thread");
   if (!entered) return nullptr;
-  if (is_shut || !block->bind(position)) {
+  if (is_gone || !block->bind(position)) {
     try {
       state.engine->exit(block->stream);
     } catch (const std::exception&) {
@@ -317,8 +340,10 @@ PyObject* runner(PyObject*, PyObject* number) {
   const long long engine = PyLong_AsLongLong(number);
   if (engine == -1 && PyErr_Occurred()) return nullptr;
   try {
-    const Block* active = find_state(engine)->active;
-    return PyLong_FromUnsignedLong(active == nullptr ? 0 : active->owner);
+    const std::shared_ptr<State> state = find_state(engine);
+    unsigned long thread = state->active == nullptr ? 0 : state->active->owner;
+    if (thread == 0 && !process_ends && !state->entering.empty()) thread = state->entering.front();
+    return PyLong_FromUnsignedLong(thread);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -339,7 +364,8 @@ PyMethodDef kMethods[] = {
      "the end of the process, for five seconds at most, and then raises."},
     {"unhook", unhook, METH_O, "unhook(capsule): masters are bound, the hooks do nothing."},
     {"runner", runner, METH_O,
-     "runner(engine): the thread whose block is bound to the arena now, or 0."},
+     "runner(engine): the thread whose block is bound to the arena now, or, unless the process "
+     "ends, waits for its weights; or 0."},
     {"is_foreign", is_foreign_engine, METH_O,
      "is_foreign(engine): whether this process is a fork of the one that made it."},
     {"take_back", take_back, METH_O,

@@ -37,6 +37,8 @@ struct State {
   int32_t stream_device;
   // The hook whose tensors are bound to the arena now; guarded by the GIL.
   Block* active = nullptr;
+  // Threads in a pre-hook that has asked the engine for weights; guarded by the GIL.
+  std::vector<unsigned long> entering;
   // How often the addresses changed: views made for others must not be bound.
   std::atomic<uint64_t> layout{0};
   // How often the hooks themselves moved the version of a tensor; guarded by the GIL.

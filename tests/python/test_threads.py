@@ -220,6 +220,27 @@ def test_detach_and_replan_wait_for_a_block_in_another_thread(act: str) -> None:
     before.check(model)
 
 
+@pytest.mark.parametrize("act", ["replan", "detach"])
+def test_detach_and_replan_wait_for_a_block_that_waits_for_its_weights(act: str) -> None:
+    model = net()
+    expected, before = run(model), Snapshot(model)
+    size = budgets(model)[0]
+    s = dgls_torch.stream(model, size, **SMALL, copy_bytes_per_s=2e5)
+    out: list[torch.Tensor] = []
+
+    def interfere() -> None:
+        while s.report().uses == 0:
+            time.sleep(0.001)
+        time.sleep(0.02)  # the copies of a block take 0.1 s, its kernels nothing
+        getattr(s, act)()
+
+    assert in_threads(lambda: out.append(run(model)), interfere) == []
+    assert same(out[0], expected)
+    s.detach()
+    before.check(model)
+    assert same(run(model), expected)
+
+
 def test_a_block_that_never_ends_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
