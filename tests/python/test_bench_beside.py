@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.once
 CPU = torch.device("cpu")
 BED = Bed(Workload("flux", scale=1 / 40, depth=0.1, text_tokens=2))
 POINTS = (Point(3), Point(4))

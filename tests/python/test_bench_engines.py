@@ -22,6 +22,7 @@ from bench.stacks import Stack, Workload, weight_bytes  # noqa: E402
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.once
 CPU = torch.device("cpu")
 RATE = 2e9
 

@@ -24,6 +24,8 @@ from bench.measure import Effort  # noqa: E402
 from bench.plans import PLANS, Stage  # noqa: E402
 from bench.results import Results  # noqa: E402
 
+pytestmark = pytest.mark.once
+
 
 def measure(folder: Path, *more: str, minutes: str = "4") -> int:
     return main(

@@ -28,6 +28,7 @@ from plan_optimum import optimum, whole_block_bound
 
 import dgls_torch  # noqa: F401
 
+pytestmark = pytest.mark.once
 GRID = grid()
 # Above the optimum, or above what whole blocks allow.
 PARTS, WHOLE = 1.02, 1.05
