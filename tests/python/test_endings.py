@@ -265,6 +265,26 @@ def test_a_daemon_thread_that_waits_for_its_weights_at_exit(processes: Processes
     assert (done.code, done.out, done.err) == (0, "ready\n", "")
 
 
+def test_at_exit_nobody_waits_for_a_thread_that_waits_for_its_weights(
+    processes: Processes,
+) -> None:
+    """Else the end of the process would take as long as patience lasts."""
+    watch = (
+        "from dgls_torch import _C\n"
+        "def seen():\n"
+        "    threads = []\n"
+        "    for _ in range(100):\n"
+        "        threads.append(_C.runner(s._engine.number))\n"
+        "        time.sleep(0.001)\n"
+        "    return max(threads, key=threads.count)\n"
+        "print(seen() == thread.ident)\n"
+        "_C.end_process()\n"
+        "print(seen())\n"
+    )
+    done = processes.run(DAEMON + watch)
+    assert (done.code, done.out, done.err) == (0, "ready\nTrue\n0\n", "")
+
+
 def test_a_daemon_thread_that_is_waited_for_at_exit(processes: Processes) -> None:
     """By what was registered before this package: it ends, although the process does not."""
     first = "import atexit\natexit.register(lambda: (thread.join(), print('joined')))\n"

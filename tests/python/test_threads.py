@@ -224,8 +224,7 @@ def test_detach_and_replan_wait_for_a_block_in_another_thread(act: str) -> None:
 def test_detach_and_replan_wait_for_a_block_that_waits_for_its_weights(act: str) -> None:
     model = net()
     expected, before = run(model), Snapshot(model)
-    size = budgets(model)[0]
-    s = dgls_torch.stream(model, size, **SMALL, copy_bytes_per_s=2e5)
+    s = dgls_torch.stream(model, budgets(model)[0], **SMALL, copy_bytes_per_s=2e5)
     out: list[torch.Tensor] = []
 
     def interfere() -> None:

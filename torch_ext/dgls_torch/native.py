@@ -162,7 +162,7 @@ class Engine:
         """Binds the masters and takes the hooks off; what is on the device stays there.
 
         Raises:
-            RuntimeError: A block runs in another thread.
+            RuntimeError: A block runs in another thread, or waits for its weights there.
         """
         self.check_idle()
         while self._removers:
@@ -233,14 +233,14 @@ class Engine:
         """Ends a use that an exception left unfinished.
 
         Raises:
-            RuntimeError: A block runs in another thread.
+            RuntimeError: A block runs in another thread, or waits for its weights there.
         """
         if self._runs_elsewhere():
             raise RuntimeError("a block is running in another thread; wait until it has ended")
         _C.take_back(self.number)
 
     def _runs_elsewhere(self) -> bool:
-        """Whether another thread still runs a block; waits for its end, but not for ever."""
+        """Whether another thread still runs a block, or is about to; waits, but not for ever."""
         for _ in range(_PATIENCE_MS):
             thread = _C.runner(self.number)
             # A thread that has ended left its block with an exception that torch calls no hook for.
