@@ -8,25 +8,29 @@ use crate::adaptation::{COMPUTE, GB, Run, Truth, exactly, with_times};
 use crate::models::all;
 use crate::random::Random;
 
-/// Passes until another plan is taken up, after the kernels take three times as long. Between
-/// passes the device is busy for any time: with samplers, or with other models.
-fn passes_to_adopt(before: u32) -> u32 {
+/// Passes until another plan is taken up, after the kernels take three times as long; each takes up
+/// to so many percent more or less. Between passes the device is busy for any time: with samplers,
+/// or with other models.
+fn passes_to_adopt(before: u32, percent: u64) -> u32 {
     let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 41 };
     let after = Truth { kernel_ns: 9_000_000, ..truth };
     let mut profile = all()[0].profile(2, 150.0, 25e9);
     profile.times = None;
     let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
     let mut random = Random::new(u64::from(before));
+    let mut others = Random::new(u64::from(before));
+    let mut restless =
+        |number: u64, _: u64| number * random.between(100 - percent, 100 + percent) / 100;
     let mut pass = |run: &mut Run, truth| {
-        run.sim.compute(COMPUTE, &[], random.between(0, 3_000_000_000));
-        run.pass(truth, &mut exactly);
+        run.sim.compute(COMPUTE, &[], others.between(0, 3_000_000_000));
+        run.pass(truth, &mut restless);
         run.engine.stats().counters.adopted
     };
     let mut known = 0;
     for _ in 0..before {
         known = pass(&mut run, truth);
     }
-    let found = (1..20).find(|_| pass(&mut run, after) > known);
+    let found = (1..40).find(|_| pass(&mut run, after) > known);
     run.finish();
     found.expect("another plan")
 }
@@ -34,8 +38,16 @@ fn passes_to_adopt(before: u32) -> u32 {
 #[test]
 fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
     for before in 8..17 {
-        let passes = passes_to_adopt(before);
+        let passes = passes_to_adopt(before, 0);
         assert!(passes <= 4, "{passes} passes, after {before} before the change");
+    }
+}
+
+#[test]
+fn a_change_is_answered_soon_however_restless_passes_were() {
+    for before in 36..48 {
+        let passes = passes_to_adopt(before, 25);
+        assert!(passes <= 4, "{passes} passes, after {before} restless ones");
     }
 }
 

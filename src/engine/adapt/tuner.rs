@@ -326,13 +326,16 @@ mod tests {
     }
 
     #[test]
-    fn where_passes_never_take_the_same_time_that_is_no_news() {
+    fn where_passes_never_take_the_same_time_only_what_is_beyond_them_all_is_news() {
         let mut tuner = Tuner::new();
         let mut news = |spans: &[f64]| spans.iter().filter(|&&s| tuner.is_news(s)).count();
         assert_eq!(news(&[1.0, 1.2, 1.0, 1.2]), 3);
-        assert_eq!(news(&[1.0, 1.2].repeat(20)), 0);
+        assert_eq!(news(&[1.0, 1.2].repeat(20)), 1, "too restless to forget the other one");
+        assert_eq!(news(&[1.24, 0.97, 1.2]), 0, "not by more than 4 %");
         assert_eq!(news(&[1.0; 12]), 0);
-        assert_eq!(news(&[1.5, 1.5, 1.5]), 1, "after a while of rest");
+        assert_eq!(news(&[1.5, 1.5, 1.0, 1.0]), 2, "after a while of rest");
+        assert_eq!(news(&[1.5, 1.0, 1.5, 1.0]), 3);
+        assert_eq!(news(&[1.8; 12]), 1, "for good, however restless it was before");
     }
 
     #[test]

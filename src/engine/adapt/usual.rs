@@ -1,9 +1,7 @@
 //! What is usual: of what lies between passes, and of spans that are watched for news. Pure.
 
-use super::tuner::moved;
-
-/// What another time than before adds to the unrest, of which each like it takes 1 away; and the
-/// most of it with which another time is news.
+/// What another time than usual adds to the unrest, of which each usual one takes 1 away; and the
+/// most of it with which another time says that all the usual ones are over.
 const UNREST: u8 = 2;
 const CALM: u8 = 6;
 
@@ -31,23 +29,34 @@ impl Outside {
     }
 }
 
-/// What takes about the same time in each pass, until something changes. Where hardly two are alike
-/// that is no news: to time all passes would cost more than it tells.
+/// What takes about the same time in each pass, until something changes: a time beyond all of the
+/// last eight. Where hardly two are alike few are, and to time all passes would cost more than it
+/// tells; but what changes for good is told there too.
 #[derive(Debug, Default)]
 pub(super) struct Watched {
-    seconds: Option<f64>,
+    seconds: [f64; 8],
+    known: usize,
     unrest: u8,
 }
 
 impl Watched {
+    /// Whether `seconds` is shorter or longer than all usual times by more than a share of them.
     pub(super) fn is_news(&mut self, seconds: f64, share: f64) -> bool {
-        let before = self.seconds.replace(seconds);
-        let other = before.is_some_and(|before| moved(before, seconds, share));
-        self.unrest = if other {
+        let usual = self.seconds[..self.known].iter();
+        let is_news = self.known > 0
+            && (usual.clone().all(|&known| seconds - known > share * known)
+                || usual.clone().all(|&known| known - seconds > share * known));
+        self.unrest = if is_news {
             (self.unrest + UNREST).min(2 * CALM)
         } else {
             self.unrest.saturating_sub(1)
         };
-        other && self.unrest <= CALM
+        if is_news && self.unrest <= CALM {
+            self.known = 0;
+        }
+        self.seconds.rotate_right(1);
+        self.seconds[0] = seconds;
+        self.known = (self.known + 1).min(self.seconds.len());
+        is_news
     }
 }
