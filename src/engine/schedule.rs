@@ -93,8 +93,10 @@ pub struct Schedule {
     /// For each position, whether a copy waits for its use.
     awaited: Vec<bool>,
     active: Option<Active>,
-    /// Cycles that are timed besides the usual ones.
+    /// Passes that are timed besides the usual ones.
     sampled: std::ops::Range<u64>,
+    /// The first of the passes that were timed so before these.
+    sampled_before: Option<u64>,
     options: Options,
 }
 
@@ -127,6 +129,7 @@ impl Schedule {
             awaited,
             active: None,
             sampled: 0..0,
+            sampled_before: None,
             options,
         }
     }

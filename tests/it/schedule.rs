@@ -258,7 +258,7 @@ fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
     timed(&mut schedule);
     assert_eq!(timed(&mut schedule), (vec![0, 3], 2));
     let number = 4 * 12;
-    schedule.sample();
+    schedule.sample(false);
     assert!(schedule.stretch(number + 1).is_empty(), "enqueued before, without a mark");
     assert_eq!(timed(&mut schedule), (vec![0, 1, 2, 3], 4));
     for expected in [vec![0, 1, 2, 3], vec![0, 1, 2, 3], vec![0, 3]] {
@@ -266,12 +266,48 @@ fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
     }
     run(&mut schedule, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]);
     enter(&mut schedule, 0);
-    schedule.sample();
+    schedule.sample(false);
     exit(&mut schedule);
     assert!(matches!(enter(&mut schedule, 1)[..], [Command::Acquire { timed: false, .. }, ..]));
     exit(&mut schedule);
     run(&mut schedule, 2..4);
     assert_eq!(timed(&mut schedule).0, [0, 1, 2, 3], "from the next pass on");
+}
+
+/// Of `passes`, those of which all uses are timed; `news` says whether there are any before a pass,
+/// and whether they are large.
+fn sampled(passes: std::ops::Range<u32>, news: impl Fn(u32) -> Option<bool>) -> Vec<u32> {
+    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
+    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
+    let options = Options { adapt: Adapt::AtOnce, ..Options::default() };
+    let mut schedule = Schedule::new(program, options, &[]);
+    let mut all = Vec::new();
+    for pass in 0..passes.end {
+        if let Some(is_large) = news(pass) {
+            schedule.sample(is_large);
+        }
+        all.extend((timed(&mut schedule).0.len() == 4).then_some(pass));
+    }
+    all.into_iter().filter(|pass| passes.contains(pass)).collect()
+}
+
+#[test]
+fn a_plan_that_lasts_is_timed_less_often() {
+    assert_eq!(sampled(16..100, |_| None), [16, 17, 24, 25, 32, 33, 64, 65, 96, 97]);
+}
+
+#[test]
+fn news_in_a_row_wait_but_not_those_of_a_large_change() {
+    let small = |at: &'static [u32]| move |pass| at.contains(&pass).then_some(false);
+    assert_eq!(sampled(34..64, small(&[35, 40])), [35, 36, 37, 40, 41, 42], "two at once");
+    assert_eq!(sampled(34..80, small(&[35, 40, 45]))[6..], [64, 65, 67, 68, 69], "the third later");
+    assert_eq!(sampled(34..90, small(&[35, 40, 80]))[8..], [80, 81, 82], "or after a rest");
+    let large = |pass| [35, 40, 45, 50].contains(&pass).then_some(pass == 50);
+    assert_eq!(sampled(34..90, large)[6..], [50, 51, 52, 64, 65], "instead of the one that waits");
+    // In every pass: six of 32, and two more.
+    let expected = [34..40, 64..72, 96..104, 128..136, 160..164].into_iter().flatten();
+    assert!(sampled(34..164, |pass| (pass >= 34).then_some(false)).into_iter().eq(expected));
 }
 
 #[test]

@@ -112,7 +112,7 @@ impl Core {
             self.tuner.paused_longer(inside_s - wanted_s);
         }
         if begins_anew || took_another {
-            self.schedule.sample();
+            self.schedule.sample(begins_anew);
         }
         let Some(pass) = found.pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();

@@ -5,6 +5,12 @@ use crate::engine::adapt::Adapt;
 
 /// Times are read at one of so many uses.
 const POLL: u64 = 8;
+/// Of the first so many passes of a plan two of eight are timed, later two of so many.
+const EARLY: u64 = 32;
+/// After news this many passes are timed.
+const AFTER_NEWS: u64 = 3;
+/// Of so many passes at most twice as many as that.
+const REST: u64 = 32;
 
 impl Schedule {
     /// Whether the marks of use `number` carry times: those of sampled passes, and of each pass the
@@ -34,15 +40,24 @@ impl Schedule {
     pub fn is_sampled(&self, number: u64) -> bool {
         let pass = number / self.uses_of_pass();
         let wanted = self.options.timing || self.options.adapt != Adapt::Off;
-        let again = pass % 8 < 2 || self.sampled.contains(&pass);
+        let again = pass % (if pass < EARLY { 8 } else { EARLY }) < 2;
+        let again = again || self.sampled.contains(&pass);
         wanted && (pass < 4 || (again && !self.program.copies.is_empty()))
     }
 
     /// Something changed: the next passes are timed, from the first on of which nothing has begun.
-    pub fn sample(&mut self) {
+    /// Where that is said again and again they come later, since little is learned then; but not
+    /// after a change that was large.
+    pub fn sample(&mut self, is_large: bool) {
         let next = self.next.div_ceil(self.uses_of_pass());
-        if !self.sampled.contains(&next) {
-            self.sampled = next..next + 3;
+        if self.sampled.contains(&next) || (next < self.sampled.end && !is_large) {
+            return;
         }
+        let before = self.sampled_before.filter(|_| !is_large);
+        let begin = before.map_or(next, |before| next.max(before + REST));
+        if !self.sampled.is_empty() {
+            self.sampled_before = Some(next.min(self.sampled.start));
+        }
+        self.sampled = begin..begin + AFTER_NEWS;
     }
 }
