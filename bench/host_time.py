@@ -4,7 +4,8 @@ Measured with blocks so narrow that the device always waits for the host, but wi
 parameters as FLUX.1's: a streamed stack and a resident one without hooks take turns, and the clock
 is read twice in a pass. No profiler runs, and nothing is in the hooks. The fastest tenth of the
 passes of each is compared: what else a host does adds time and never takes any, and on virtual
-machines the same passes were seen to take twice as long from one second to the next.
+machines the same passes were seen to take twice as long from one second to the next. What the
+engine's hooks take by themselves is measured afterwards, in passes of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bench.engines import Setup, ours
 from bench.stacks import Workload, weight_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -56,6 +58,36 @@ class Span:
         return self._spans
 
 
+class Ticks:
+    """Seconds in the engine's hooks of one block, those before its forward and those after it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Registers four hooks around the engine's own, which must be there before."""
+        self._now = [0.0] * 4
+        self.seconds: list[float] = []
+        self._handles = [
+            block.register_forward_pre_hook(self._tick(0), prepend=True),
+            block.register_forward_pre_hook(self._tick(1)),
+            block.register_forward_hook(self._tick(2), prepend=True),
+            block.register_forward_hook(self._tick(3)),
+        ]
+
+    def _tick(self, index: int) -> Callable[..., None]:
+        def tick(*_: Any) -> None:
+            self._now[index] = time.perf_counter()
+            if index == 3:
+                begun, bound, ended, unbound = self._now
+                self.seconds.append(bound - begun + unbound - ended)
+
+        return tick
+
+    def close(self) -> list[float]:
+        """Takes the hooks off; the sum of both for each call."""
+        for handle in self._handles:
+            handle.remove()
+        return self.seconds
+
+
 def _tenth(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=10)[0]
 
@@ -65,7 +97,8 @@ def added_host_time(
 ) -> dict[str, Any]:
     """Seconds added at each call of a block: the mean of a pass, and of each kind of block.
 
-    Double blocks have 24 parameters, single ones 8; FLUX.1 has twice as many of these.
+    Double blocks have 24 parameters, single ones 8; FLUX.1 has twice as many of these. `hooks_s` is
+    the mean over all blocks of what the engine's hooks take by themselves.
     """
     path = weights.make(_NARROW, folder, device)
     streamed, bare = (weights.load(_NARROW, path) for _ in range(2))
@@ -82,6 +115,10 @@ def added_host_time(
         for stack in (streamed, bare):
             measure.timed(stack, x, c, 1)
     undisturbed = [_tenth(span.close()[_UNTIMED:]) / _BLOCKS for span in spans]
+    ticks = [Ticks(block) for block in streamed.order]
+    for _ in range(_ROUNDS - _UNTIMED):
+        measure.timed(streamed, x, c, 1)
+    hooks_s = statistics.mean(_tenth(each.close()) for each in ticks)
     attached.close()
     weights.remove(_NARROW, folder)
     double, double_bare, single, single_bare = undisturbed
@@ -92,4 +129,5 @@ def added_host_time(
         "call_s": share * added["double_call_s"] + (1 - share) * added["single_call_s"],
         "double_bare_s": double_bare,
         "single_bare_s": single_bare,
+        "hooks_s": hooks_s,
     }

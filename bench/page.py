@@ -57,7 +57,9 @@ as the rest, and values pass 100. `launch us`: what the host took to launch a ke
 cell to the worst; where it is empty, the profiler of earlier cells had stayed attached and made
 each launch up to twice as slow. `torch's gaps`: what torch's allocator held at the peak and nobody
 had of it, beyond the same in the resident run; which segments have room for a small tensor when it
-comes is chance.
+comes is chance. `hooks us`: what streaming adds to the host's time at each call of a block, of
+narrow blocks whose launches decide, by the span of eight of them; `alone`: what the hooks take by
+themselves (bench/host_time.py).
 """
 
 
@@ -145,7 +147,7 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
     head = ("column", "engine", "most over the budget", "of it torch's gaps")
-    rows: list[tuple[str, ...]] = [(*head, "hooks us", "host CPU ms", "launch us")]
+    rows: list[tuple[str, ...]] = [(*head, "hooks us", "alone", "host CPU ms", "launch us")]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
         over = [
@@ -154,7 +156,9 @@ def _memory(results: Results) -> list[str]:
             if (found := overhead_bytes(results, c)) is not None
         ]
         most, gaps = max(over, key=lambda pair: pair[0], default=(None, None))
-        hooks = [c["hooks"]["call_s"] for c in cells if "call_s" in (c.get("hooks") or {})]
+        seen = [c["hooks"] for c in cells if "call_s" in (c.get("hooks") or {})]
+        hooks = [found["call_s"] for found in seen]
+        alone = [found["hooks_s"] for found in seen if "hooks_s" in found]
         host = [c["host_cpu_s"] for c in cells]
         launches = [1e6 * c["launch_s"] for c in cells if c.get("launch_s")]
         rows.append(
@@ -164,6 +168,7 @@ def _memory(results: Results) -> list[str]:
                 "" if most is None else f"{most / 2**20:.0f} MiB",
                 "" if gaps is None else f"{gaps / 2**20:.0f} MiB",
                 f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
+                f"{1e6 * statistics.median(alone):.1f}" if alone else "",
                 f"{1e3 * statistics.median(host):.1f}" if host else "",
                 f"{min(launches):.1f} to {max(launches):.1f}" if launches else "",
             )

@@ -273,7 +273,11 @@ class Worker:
             return {}
         passes = effort.passes_to_settle(measure.timed(attached.step, x, c, 1).median_s)
         took = measure.timed(attached.step, x, c, passes).passes
-        return {"settling": passes, "settling_pass_s": sum(took) / passes}
+        return {
+            "settling": passes,
+            "settling_pass_s": sum(took) / passes,
+            "settling_passes_s": took,
+        }
 
 
 def main(argv: list[str]) -> int:

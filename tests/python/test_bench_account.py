@@ -21,9 +21,10 @@ from torch import nn  # noqa: E402
 from bench.account import MARK, from_trace  # noqa: E402
 from bench.driver_calls import _base, split  # noqa: E402
 from bench.hook_clock import HookClock  # noqa: E402
-from bench.host_time import Span, added_host_time  # noqa: E402
+from bench.host_time import Span, Ticks, added_host_time  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -157,7 +158,9 @@ def test_the_clock_around_blocks_adds_up_and_goes_away() -> None:
 def test_the_hosts_time_is_taken_of_both_kinds_of_blocks(tmp_path: Path) -> None:
     found = added_host_time(tmp_path, torch.device("cpu"), 2e9)
     kinds = ("double", "single")
-    assert set(found) == {"call_s", *(f"{k}_{what}_s" for k in kinds for what in ("call", "bare"))}
+    of_kinds = {f"{kind}_{what}_s" for kind in kinds for what in ("call", "bare")}
+    assert set(found) == {"call_s", "hooks_s"} | of_kinds
+    assert found["hooks_s"] > 0
     assert found["double_bare_s"] > 0
     added = sorted(found[f"{kind}_call_s"] for kind in kinds)
     assert added[0] < found["call_s"] < added[1]
@@ -172,3 +175,30 @@ def test_a_span_reaches_from_before_the_hooks_to_after_them() -> None:
     last(first(1))
     assert span.close()[0] >= 0.02
     assert not first._forward_hooks
+
+
+def test_ticks_count_what_is_between_them_before_and_after_the_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+
+    def takes(seconds: float) -> Callable[..., None]:
+        def pass_by(*_: object) -> None:
+            now[0] += seconds
+
+        return pass_by
+
+    class Slow(nn.Module):
+        def forward(self, x: int) -> int:
+            now[0] += 100.0
+            return x
+
+    block = Slow()
+    block.register_forward_pre_hook(takes(1.0))
+    block.register_forward_hook(takes(10.0))
+    monkeypatch.setattr("bench.host_time.time.perf_counter", lambda: now[0])
+    ticks = Ticks(block)
+    block(1)
+    block(1)
+    assert ticks.close() == [11.0, 11.0]
+    assert len(block._forward_pre_hooks) == len(block._forward_hooks) == 1

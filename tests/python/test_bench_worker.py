@@ -116,6 +116,7 @@ def test_an_engine_that_learns_has_passes_to_settle_before_it_is_timed(tmp_path:
         found = rows(tmp_path, [], effort=effort, learns=learns)
         assert [row.get("settling") for row in found] == [settling] * 4
         assert all(row.get("settling_pass_s", 1.0) > 0.0 for row in found)
+        assert all(len(row.get("settling_passes_s", [])) == (settling or 0) for row in found)
     assert all("settling" not in row for row in rows(tmp_path, [], learns=True))
     assert [Effort(settling_s=12.0).passes_to_settle(s) for s in (0.01, 0.5, 20.0)] == [60, 24, 1]
 
