@@ -45,10 +45,34 @@ fn a_change_is_answered_soon_whatever_lies_between_the_passes() {
 
 #[test]
 fn a_change_is_answered_soon_however_restless_passes_were() {
-    for before in 36..48 {
+    for before in [36, 41, 46] {
         let passes = passes_to_adopt(before, 25);
         assert!(passes <= 4, "{passes} passes, after {before} restless ones");
     }
+}
+
+#[test]
+fn a_change_is_answered_soon_after_passes_in_turns_with_another_model() {
+    let few = Truth { kernel_ns: 2_400_000, double: 10, ns_per_kib: 19 };
+    let many = Truth { kernel_ns: 9_450_000, ..few };
+    let mut profile = all()[2].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let mut run = Run::new(&profile, 6 * GB, Adapt::AtOnce);
+    for pass in 0..40 {
+        // The first of two passes finds a cold device.
+        let slower = if pass >= 24 && pass % 2 == 0 { 117 } else { 100 };
+        run.pass(few, &mut |number, percent| {
+            if percent == 3 { number * slower / 100 } else { number }
+        });
+    }
+    let known = run.engine.stats().counters.adopted;
+    let adopted = |run: &mut Run| {
+        run.pass(many, &mut exactly);
+        run.engine.stats().counters.adopted > known
+    };
+    let passes = (1..40).find(|_| adopted(&mut run)).expect("another plan");
+    assert!(passes <= 4, "{passes} passes");
+    run.finish();
 }
 
 #[test]
