@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-pub use adapt::{Adapt, PassTimes, Reason, Tuner};
+pub use adapt::{Adapt, News, PassTimes, Reason, Tuner};
 pub use command::{Command, Options};
 pub use copying::{HostFacts, Weight};
 pub use order::Order;

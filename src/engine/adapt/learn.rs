@@ -5,6 +5,7 @@ use super::super::command::Command;
 use super::super::core::Core;
 use super::super::trace::Record;
 use super::review::{Adapt, Question};
+use super::tuner::News;
 use crate::driver::EventSlot;
 use crate::plan::Profile;
 use crate::units::{count, index, narrow, real, whole};
@@ -103,16 +104,16 @@ impl Core {
             return;
         }
         let found = self.assembly.add(record);
-        let begins_anew = found.first_s.is_some_and(|s| self.tuner.begins_with_news(s));
-        let took_another = found.inside_s.is_some_and(|s| self.tuner.is_news(s));
+        let begun = found.first_s.and_then(|first_s| self.tuner.begins(first_s));
+        let ended = found.inside_s.and_then(|inside_s| self.tuner.ends(inside_s));
         if let Some(inside_s) = found.inside_s
             && std::mem::take(&mut self.is_fresh)
         {
             let wanted_s = self.plan.period_s.unwrap_or(inside_s);
             self.tuner.paused_longer(inside_s - wanted_s);
         }
-        if begins_anew || took_another {
-            self.schedule.sample(begins_anew);
+        if let Some(news) = begun.max(ended) {
+            self.schedule.sample(news == News::Large);
         }
         let Some(pass) = found.pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();

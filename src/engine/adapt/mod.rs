@@ -10,4 +10,4 @@ mod usual;
 pub(in crate::engine) use assembly::Assembly;
 pub use review::Adapt;
 pub(in crate::engine) use review::{Proposal, Review};
-pub use tuner::{PassTimes, Reason, Tuner};
+pub use tuner::{News, PassTimes, Reason, Tuner};

@@ -59,6 +59,15 @@ pub enum Reason {
     Missed,
 }
 
+/// Another time than usual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum News {
+    /// By more than a pass takes by chance.
+    Small,
+    /// By so much that all that was measured is void.
+    Large,
+}
+
 /// The estimate, and what it was when a plan was last looked for.
 #[derive(Debug, Default)]
 pub struct Tuner {
@@ -86,26 +95,25 @@ impl Tuner {
     }
 
     /// A pass took `inside_s` seconds from its first block to the end of its last. Says whether
-    /// that is another time than before.
-    pub fn is_news(&mut self, inside_s: f64) -> bool {
+    /// that is another time than usual.
+    pub fn ends(&mut self, inside_s: f64) -> Option<News> {
         self.horizon = (self.horizon + 1.0).min(PASSES);
-        let is_news = self.inside.is_news(inside_s, MISSED);
-        self.trust_less(is_news)
+        let beyond = self.inside.news(inside_s, MISSED);
+        self.trust_less(beyond)
     }
 
     /// The first block of a pass took `first_s` seconds of compute. Says whether that is quite
-    /// another time than before, long before the pass ends.
-    pub fn begins_with_news(&mut self, first_s: f64) -> bool {
-        let is_news = self.first.is_news(first_s, JUMP);
-        self.trust_less(is_news)
+    /// another time than usual, long before the pass ends.
+    pub fn begins(&mut self, first_s: f64) -> Option<News> {
+        let beyond = self.first.news(first_s, JUMP);
+        self.trust_less(beyond)
     }
 
     /// After news, what was measured before counts as one measurement.
-    fn trust_less(&mut self, is_news: bool) -> bool {
-        if is_news {
-            self.samples = (self.samples.0.min(1), self.samples.1.min(1));
-        }
-        is_news
+    fn trust_less(&mut self, beyond: Option<f64>) -> Option<News> {
+        let beyond = beyond?;
+        self.samples = (self.samples.0.min(1), self.samples.1.min(1));
+        Some(if beyond > JUMP { News::Large } else { News::Small })
     }
 
     /// A plan was taken up, and the device had nothing to do for so many seconds. What is much more
@@ -256,7 +264,7 @@ mod tests {
         }
         tuner.observe(&pass(0.1, 1.1e9), None);
         assert!((rate(&tuner) - 1.015e9).abs() < 1.0);
-        assert!(!tuner.is_news(0.4) && tuner.is_news(0.44));
+        assert_eq!((tuner.ends(0.4), tuner.ends(0.44)), (None, Some(News::Small)));
         tuner.observe(&pass(0.1, 1.1e9), None);
         assert!((rate(&tuner) - 1.0575e9).abs() < 1.0, "half of the way");
         tuner.observe(&pass(0.1, 0.5e9), None);
@@ -312,23 +320,23 @@ mod tests {
     #[test]
     fn a_pass_of_another_length_is_news() {
         let mut tuner = Tuner::new();
-        let news: Vec<bool> =
-            [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|inside_s| tuner.is_news(inside_s)).to_vec();
-        assert_eq!(news, [false, false, false, true, false, true]);
+        let news = [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|inside_s| tuner.ends(inside_s));
+        let (small, large) = (Some(News::Small), Some(News::Large));
+        assert_eq!(news, [None, None, None, large, None, small], "1.03 to 1.2, and 1.2 to 1.1");
     }
 
     #[test]
     fn a_first_block_that_takes_quite_another_time_is_news() {
         let mut tuner = Tuner::new();
-        let news: Vec<bool> =
-            [0.1, 0.11, 0.1, 0.2, 0.2].map(|first_s| tuner.begins_with_news(first_s)).to_vec();
-        assert_eq!(news, [false, false, false, true, false]);
+        let news = [0.1, 0.11, 0.1, 0.2, 0.2, 0.05].map(|first_s| tuner.begins(first_s));
+        let large = Some(News::Large);
+        assert_eq!(news, [None, None, None, large, None, large]);
     }
 
     #[test]
     fn where_passes_never_take_the_same_time_only_what_is_beyond_them_all_is_news() {
         let mut tuner = Tuner::new();
-        let mut news = |spans: &[f64]| spans.iter().filter(|&&s| tuner.is_news(s)).count();
+        let mut news = |spans: &[f64]| spans.iter().filter(|&&s| tuner.ends(s).is_some()).count();
         assert_eq!(news(&[1.0, 1.2, 1.0, 1.2]), 3);
         assert_eq!(news(&[1.0, 1.2].repeat(20)), 1, "too restless to forget the other one");
         assert_eq!(news(&[1.24, 0.97, 1.2]), 0, "not by more than 4 %");
@@ -361,11 +369,11 @@ mod tests {
         for _ in 0..3 {
             tuner.paused(0.01);
             horizons.push(tuner.horizon());
-            tuner.is_news(1.0);
+            tuner.ends(1.0);
         }
         assert_eq!(horizons, [10.0, 5.5, 3.25]);
         for _ in 0..40 {
-            tuner.is_news(1.0);
+            tuner.ends(1.0);
         }
         assert!((tuner.horizon() - PASSES).abs() < 1e-9);
     }

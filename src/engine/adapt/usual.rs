@@ -40,23 +40,26 @@ pub(super) struct Watched {
 }
 
 impl Watched {
-    /// Whether `seconds` is shorter or longer than all usual times by more than a share of them.
-    pub(super) fn is_news(&mut self, seconds: f64, share: f64) -> bool {
+    /// By what share of the nearest usual time `seconds` is beyond all of them, if by more than
+    /// `least`.
+    pub(super) fn news(&mut self, seconds: f64, least: f64) -> Option<f64> {
         let usual = self.seconds[..self.known].iter();
-        let is_news = self.known > 0
-            && (usual.clone().all(|&known| seconds - known > share * known)
-                || usual.clone().all(|&known| known - seconds > share * known));
-        self.unrest = if is_news {
+        let beyond = |side: f64| {
+            let shares = usual.clone().map(|&known| side * (seconds / known - 1.0));
+            shares.min_by(f64::total_cmp).filter(|&share| share > least)
+        };
+        let news = beyond(1.0).or_else(|| beyond(-1.0));
+        self.unrest = if news.is_some() {
             (self.unrest + UNREST).min(2 * CALM)
         } else {
             self.unrest.saturating_sub(1)
         };
-        if is_news && self.unrest <= CALM {
+        if news.is_some() && self.unrest <= CALM {
             self.known = 0;
         }
         self.seconds.rotate_right(1);
         self.seconds[0] = seconds;
         self.known = (self.known + 1).min(self.seconds.len());
-        is_news
+        news
     }
 }
