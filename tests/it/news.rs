@@ -51,6 +51,15 @@ fn a_change_is_answered_soon_however_restless_passes_were() {
     }
 }
 
+fn passes_until_another_plan(run: &mut Run, truth: Truth) -> u32 {
+    let known = run.engine.stats().counters.adopted;
+    let mut adopted = || {
+        run.pass(truth, &mut exactly);
+        run.engine.stats().counters.adopted > known
+    };
+    (1..40).find(|_| adopted()).expect("another plan")
+}
+
 #[test]
 fn a_change_is_answered_soon_after_passes_in_turns_with_another_model() {
     let few = Truth { kernel_ns: 2_400_000, double: 10, ns_per_kib: 19 };
@@ -65,12 +74,24 @@ fn a_change_is_answered_soon_after_passes_in_turns_with_another_model() {
             if percent == 3 { number * slower / 100 } else { number }
         });
     }
-    let known = run.engine.stats().counters.adopted;
-    let adopted = |run: &mut Run| {
-        run.pass(many, &mut exactly);
-        run.engine.stats().counters.adopted > known
-    };
-    let passes = (1..40).find(|_| adopted(&mut run)).expect("another plan");
+    let passes = passes_until_another_plan(&mut run, many);
+    assert!(passes <= 4, "{passes} passes");
+    run.finish();
+}
+
+#[test]
+fn another_load_on_the_link_is_answered_soon_after_small_news_in_a_row() {
+    let truth = Truth { kernel_ns: 6_000_000, double: 18, ns_per_kib: 20 };
+    let after = Truth { ns_per_kib: 82, ..truth };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
+    for pass in 0..46 {
+        // One pass in nine takes a little longer.
+        let slower = if pass % 9 == 8 { 108 } else { 100 };
+        run.pass(truth, &mut |number, _| number * slower / 100);
+    }
+    let passes = passes_until_another_plan(&mut run, after);
     assert!(passes <= 4, "{passes} passes");
     run.finish();
 }
