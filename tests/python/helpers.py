@@ -224,6 +224,11 @@ def threads() -> list[str]:
     return names
 
 
+def copying() -> list[str]:
+    """The names of our threads that copy; a search for a better plan may be under way besides."""
+    return [name for name in threads() if name != "dgls-plan"]
+
+
 def told(call: Callable[[], object]) -> str | None:
     """What the call's RuntimeError says; nothing if there was none."""
     try:

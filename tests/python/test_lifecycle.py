@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SMALL, Snapshot, budgets, inputs, net, same, settle, threads
+from helpers import SMALL, Snapshot, budgets, copying, inputs, net, same, settle, threads
 from torch import nn
 
 import dgls_torch
@@ -81,7 +81,7 @@ def test_two_engines_side_by_side() -> None:
                 with torch.inference_mode():
                     first(inputs())
                     second(inputs())
-        assert len(threads()) == 2
+        assert len(copying()) == 2
     assert threads() == []
 
 
@@ -97,7 +97,7 @@ def test_replan_up_and_down() -> None:
             for _ in range(3):
                 assert same(run(model), expected)
             assert plan.outside_bytes + plan.arena_bytes <= plan.vram_bytes
-        assert len(threads()) == 1
+        assert len(copying()) == 1
     before.check(model)
 
 
