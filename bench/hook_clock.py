@@ -8,9 +8,23 @@ from typing import TYPE_CHECKING, Any
 from bench.account import Account
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
+
+
+def around(block: nn.Module, tick: Callable[[int], Callable[..., None]]) -> list[Any]:
+    """Registers hooks around those that a block has, before and after its forward; their handles.
+
+    ``tick(0)`` is called before all others and ``tick(1)`` after them, both ahead of the forward,
+    and so ``tick(2)`` and ``tick(3)`` behind it.
+    """
+    return [
+        block.register_forward_pre_hook(tick(0), prepend=True),
+        block.register_forward_pre_hook(tick(1)),
+        block.register_forward_hook(tick(2), prepend=True),
+        block.register_forward_hook(tick(3)),
+    ]
 
 
 class HookClock:
@@ -24,14 +38,9 @@ class HookClock:
         self._cpu = [0.0] * 4
         self._handles: list[Any] = []
         for block in blocks:
-            self._handles += [
-                block.register_forward_pre_hook(self._tick(0), prepend=True),
-                block.register_forward_pre_hook(self._tick(1)),
-                block.register_forward_hook(self._tick(2), prepend=True),
-                block.register_forward_hook(self._tick(3)),
-            ]
+            self._handles += around(block, self._tick)
 
-    def _tick(self, index: int) -> Any:
+    def _tick(self, index: int) -> Callable[..., None]:
         def tick(*_: Any) -> None:
             self._now[index] = time.perf_counter()
             self._cpu[index] = time.thread_time()

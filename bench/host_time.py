@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import measure, weights
 from bench.engines import Setup, ours
+from bench.hook_clock import around
 from bench.stacks import Workload, weight_bytes
 
 if TYPE_CHECKING:
@@ -65,12 +66,7 @@ class Ticks:
         """Registers four hooks around the engine's own, which must be there before."""
         self._now = [0.0] * 4
         self.seconds: list[float] = []
-        self._handles = [
-            block.register_forward_pre_hook(self._tick(0), prepend=True),
-            block.register_forward_pre_hook(self._tick(1)),
-            block.register_forward_hook(self._tick(2), prepend=True),
-            block.register_forward_hook(self._tick(3)),
-        ]
+        self._handles = around(block, self._tick)
 
     def _tick(self, index: int) -> Callable[..., None]:
         def tick(*_: Any) -> None:
