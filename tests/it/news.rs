@@ -24,15 +24,22 @@ fn passes_to_adopt(before: u32, percent: u64) -> u32 {
     let mut pass = |run: &mut Run, truth| {
         run.sim.compute(COMPUTE, &[], others.between(0, 3_000_000_000));
         run.pass(truth, &mut restless);
-        run.engine.stats().counters.adopted
     };
-    let mut known = 0;
     for _ in 0..before {
-        known = pass(&mut run, truth);
+        pass(&mut run, truth);
     }
-    let found = (1..40).find(|_| pass(&mut run, after) > known);
+    let passes = passes_until_another_plan(&mut run, |run| pass(run, after));
     run.finish();
-    found.expect("another plan")
+    passes
+}
+
+fn passes_until_another_plan(run: &mut Run, mut pass: impl FnMut(&mut Run)) -> u32 {
+    let known = run.engine.stats().counters.adopted;
+    let mut adopted = || {
+        pass(run);
+        run.engine.stats().counters.adopted > known
+    };
+    (1..40).find(|_| adopted()).expect("another plan")
 }
 
 #[test]
@@ -51,15 +58,6 @@ fn a_change_is_answered_soon_however_restless_passes_were() {
     }
 }
 
-fn passes_until_another_plan(run: &mut Run, truth: Truth) -> u32 {
-    let known = run.engine.stats().counters.adopted;
-    let mut adopted = || {
-        run.pass(truth, &mut exactly);
-        run.engine.stats().counters.adopted > known
-    };
-    (1..40).find(|_| adopted()).expect("another plan")
-}
-
 #[test]
 fn a_change_is_answered_soon_after_passes_in_turns_with_another_model() {
     let few = Truth { kernel_ns: 2_400_000, double: 10, ns_per_kib: 19 };
@@ -74,7 +72,9 @@ fn a_change_is_answered_soon_after_passes_in_turns_with_another_model() {
             if percent == 3 { number * slower / 100 } else { number }
         });
     }
-    let passes = passes_until_another_plan(&mut run, many);
+    let passes = passes_until_another_plan(&mut run, |run| {
+        run.pass(many, &mut exactly);
+    });
     assert!(passes <= 4, "{passes} passes");
     run.finish();
 }
@@ -91,7 +91,9 @@ fn another_load_on_the_link_is_answered_soon_after_small_news_in_a_row() {
         let slower = if pass % 9 == 8 { 108 } else { 100 };
         run.pass(truth, &mut |number, _| number * slower / 100);
     }
-    let passes = passes_until_another_plan(&mut run, after);
+    let passes = passes_until_another_plan(&mut run, |run| {
+        run.pass(after, &mut exactly);
+    });
     assert!(passes <= 4, "{passes} passes");
     run.finish();
 }

@@ -232,6 +232,14 @@ fn what_is_timed_or_waited_for_is_marked() {
     assert_eq!(enter(&mut schedule, 0), []);
 }
 
+/// Four blocks, through room for two.
+fn streamed(options: Options) -> Schedule {
+    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
+    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
+    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
+    Schedule::new(program, options, &[])
+}
+
 /// Runs a pass of four blocks; which of them were timed, and for which copies were.
 fn timed(schedule: &mut Schedule) -> (Vec<u32>, usize) {
     let (mut uses, mut copies) = (Vec::new(), 0);
@@ -246,11 +254,7 @@ fn timed(schedule: &mut Schedule) -> (Vec<u32>, usize) {
 
 #[test]
 fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
-    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
-    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
-    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
-    let options = Options { adapt: Adapt::AtOnce, ..Options::default() };
-    let mut schedule = Schedule::new(program, options, &[]);
+    let mut schedule = streamed(Options { adapt: Adapt::AtOnce, ..Options::default() });
     for pass in 0..10 {
         let expected = if (4..8).contains(&pass) { vec![0, 3] } else { vec![0, 1, 2, 3] };
         assert_eq!(timed(&mut schedule).0, expected, "pass {pass}");
@@ -277,11 +281,7 @@ fn of_each_pass_the_first_and_the_last_use_are_timed_and_after_news_all() {
 /// Of `passes`, those of which all uses are timed; `news` says whether there are any before a pass,
 /// and whether they are large.
 fn sampled(passes: std::ops::Range<u32>, news: impl Fn(u32) -> Option<bool>) -> Vec<u32> {
-    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
-    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
-    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
-    let options = Options { adapt: Adapt::AtOnce, ..Options::default() };
-    let mut schedule = Schedule::new(program, options, &[]);
+    let mut schedule = streamed(Options { adapt: Adapt::AtOnce, ..Options::default() });
     let mut all = Vec::new();
     for pass in 0..passes.end {
         if let Some(is_large) = news(pass) {
@@ -312,11 +312,7 @@ fn news_in_a_row_wait_but_not_those_of_a_large_change() {
 
 #[test]
 fn the_copies_of_a_timed_use_are_known_until_its_marks_are_used_again_for_timed_ones() {
-    let tensors = (0..4).map(|block| Tensor { block, bytes: 1024 }).collect();
-    let profile = Profile { tensors, order: (0..4).collect(), ..Profile::default() };
-    let program = Arc::new(plan(&profile, 2048).expect("two slots").program);
-    let options = Options { timing: true, ..Options::default() };
-    let mut schedule = Schedule::new(program, options, &[]);
+    let mut schedule = streamed(Options { timing: true, ..Options::default() });
     run(&mut schedule, [0, 1, 2, 3].repeat(6));
     for number in 4 * 2..4 * 4 {
         assert_eq!(schedule.stretch(number).len(), 1, "use {number}, of a timed pass");
