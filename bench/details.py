@@ -12,7 +12,7 @@ import torch
 
 from bench import measure, weights
 from bench.account import profile
-from bench.driver_calls import DriverCalls, split
+from bench.driver_calls import DriverCalls, split, without_changes
 from bench.hook_clock import HookClock
 from bench.host_time import added_host_time
 from bench.stacks import weight_bytes
@@ -107,20 +107,24 @@ def _driver_calls(cell: Cell) -> dict[str, Any] | None:
     if not cell.is_on_cuda or not cell.is_first or cell.job.bed.eaters:
         return None  # other readers wait, and their calls would count
     calls = DriverCalls()
-    measure.wait(cell.job.device)
-    with calls.watching() as counts:
-        cell.passes(_WATCHED_PASSES)
-        seen = counts.copy()
+
+    def watch() -> dict[str, Any]:
         measure.wait(cell.job.device)
-        control = sum(counts.values()) - sum(seen.values())
-    synchronising, allocating = split(seen)
-    return {
-        "passes": _WATCHED_PASSES,
-        "synchronising": synchronising,
-        "allocating": allocating,
-        "calls": dict(seen),
-        "control": control,  # the wait at the end: 0 would mean that nothing is seen at all
-    }
+        with calls.watching() as counts:
+            cell.passes(_WATCHED_PASSES)
+            seen = counts.copy()
+            measure.wait(cell.job.device)
+            control = sum(counts.values()) - sum(seen.values())
+        synchronising, allocating = split(seen)
+        return {
+            "passes": _WATCHED_PASSES,
+            "synchronising": synchronising,
+            "allocating": allocating,
+            "calls": dict(seen),
+            "control": control,  # the wait at the end: 0 would mean that nothing is seen at all
+        }
+
+    return without_changes(watch, lambda: cell.attached.facts()["adopted"])
 
 
 def _beside(cell: Cell) -> dict[str, Any] | None:

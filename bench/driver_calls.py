@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SYNCHRONISING = ("cuCtxSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
 ALLOCATING = (
@@ -37,6 +37,7 @@ ALLOCATING = (
 _DRIVER_DOMAIN = 1
 _ENTER = 0
 _MOST_IDS = 1200
+_TRIES = 4
 
 
 class _CallbackData(ctypes.Structure):
@@ -125,3 +126,25 @@ def split(counts: Counter[str]) -> tuple[int, int]:
         sum(counts[name] for name in SYNCHRONISING),
         sum(counts[name] for name in ALLOCATING),
     )
+
+
+def without_changes(
+    watch: Callable[[], dict[str, Any]], changes: Callable[[], int]
+) -> dict[str, Any]:
+    """What ``watch`` finds while no plan is taken up: a change of plan waits and page-locks once.
+
+    Locks come passes ahead of the change that they are for, so a window in which calls were seen is
+    followed by another, and is watched anew where ``changes`` has grown by its end; four times at
+    most. `watches` is how often. Calls that no change explains are returned.
+    """
+    watches = 0
+    while watches < _TRIES:
+        watches += 1
+        before = changes()
+        found = watch()
+        if not found["calls"]:
+            break
+        watch()
+        if changes() == before:
+            break
+    return found | {"watches": watches}

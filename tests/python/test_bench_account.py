@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench.account import MARK, from_trace  # noqa: E402
-from bench.driver_calls import _base, split  # noqa: E402
+from bench.driver_calls import _base, split, without_changes  # noqa: E402
 from bench.hook_clock import HookClock  # noqa: E402
 from bench.host_time import Span, Ticks, added_host_time  # noqa: E402
 
@@ -138,6 +138,29 @@ def test_driver_calls_are_told_apart() -> None:
     assert split(counts) == (2, 4)
     assert _base("cuMemAlloc_v2") == "cuMemAlloc"
     assert _base("cuStreamSynchronize_ptsz") == "cuStreamSynchronize"
+
+
+@pytest.mark.parametrize(
+    ("seen", "plans", "expected"),
+    [
+        ([0], [7], (0, 1)),  # nothing was asked
+        ([2, 0, 0], [7, 8, 8], (0, 2)),  # for a plan that was taken up within the passes
+        ([2, 1, 0], [7, 8, 8], (0, 2)),  # ... or in those that follow
+        ([2, 0], [7, 7], (2, 1)),  # for no plan: it counts
+        ([2] * 8, [1, 2, 2, 3, 3, 4, 4, 5], (2, 4)),  # plans without end
+    ],
+)
+def test_calls_for_a_plan_that_is_taken_up_are_not_those_of_steady_passes(
+    seen: list[int], plans: list[int], expected: tuple[int, int]
+) -> None:
+    windows, known = iter(seen), iter(plans)
+
+    def watch() -> dict[str, Any]:
+        count = next(windows)
+        return {"calls": {"cuMemHostRegister": count} if count else {}, "allocating": count}
+
+    found = without_changes(watch, lambda: next(known))
+    assert (found["allocating"], found["watches"]) == expected
 
 
 def test_the_clock_around_blocks_adds_up_and_goes_away() -> None:
