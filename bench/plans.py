@@ -45,6 +45,7 @@ _CI = Workload("flux", "bf16", 1 / 24, 0.25, text_tokens=2)
 _BRIEF = {"warm": 3, "least": 3, "most": 4, "seconds": 0.3}
 _SHORT = {"warm": 4, "least": 3, "most": 6, "seconds": 0.6}
 _SETTLED = {"settling_s": 12.0}
+_SHORT_SETTLED = _SHORT | {"least": 6, "settling_s": 6.0}
 _LONG_PASSES = {"warm": 8, "least": 6, "most": 6} | _SETTLED
 
 PLANS: dict[str, Sequence[Stage]] = {
@@ -69,7 +70,14 @@ PLANS: dict[str, Sequence[Stage]] = {
     # The other models and fp8, beside the peers that matter most. Where blocks are smaller than
     # these the host's launches decide, on a fast GPU, and not the device.
     "wide": tuple(
-        Stage(_bed(shape, dtype, scale), (0.25, 0.5), (4.0, 1.0, 0.5), FAST, (0.15, 0.75), _SHORT)
+        Stage(
+            _bed(shape, dtype, scale),
+            (0.25, 0.5),
+            (4.0, 1.0, 0.5),
+            FAST,
+            (0.15, 0.75),
+            _SHORT_SETTLED,
+        )
         for shape, dtype, scale in (
             ("wan", "bf16", 0.5),
             ("qwen", "bf16", 0.5),
