@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from bench.cells import Point
+    from bench.measure import Effort
 
 _PATIENCE_S = 15.0
 """A turn may take this and ten times what its passes took before."""
@@ -131,7 +132,7 @@ class Turns:
         self,
         beside: Beside,
         point: Point,
-        passes: int,
+        effort: Effort,
         compute_s: float,
         paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -140,13 +141,14 @@ class Turns:
         Args:
             beside: The connection.
             point: What the cell computes.
-            passes: Timed passes of a turn.
-            compute_s: What one took before, for the time that is allowed.
+            effort: How many passes a turn has, timed and before those.
+            compute_s: What one took before, 0 where not known.
             paused: Keeps off the link what else runs in this process.
         """
         self._beside, self._paused = beside, paused
-        self._question = {"point": dataclasses.asdict(point), "passes": passes}
-        self._patience_s = _PATIENCE_S + _TIMES * (passes + 2) * compute_s
+        lead, passes = effort.passes_of_lead(compute_s), effort.beside
+        self._question = {"point": dataclasses.asdict(point), "lead": lead, "passes": passes}
+        self._patience_s = _PATIENCE_S + _TIMES * (lead + passes + 1) * compute_s
         self._failed = beside.failed
         self._rounds: list[dict[str, Any]] = []
 

@@ -44,6 +44,9 @@ class Effort:
     """Parts that the timed passes are in, where a reference takes turns with them."""
     beside: int = 2
     """Timed passes of the reference in each of its turns."""
+    lead_s: float = 0.3
+    """Seconds of passes that are not timed at the beginning of a round, and of a turn: after a rest
+    a GPU's clock swings for a while, and a host's first passes are slow."""
 
     def passes(self, pass_s: float) -> int:
         """The number for passes of ``pass_s`` seconds."""
@@ -52,6 +55,10 @@ class Effort:
     def passes_to_settle(self, pass_s: float) -> int:
         """The number for an engine that learns."""
         return max(1, min(self.settling, int(self.settling_s / max(pass_s, 1e-6))))
+
+    def passes_of_lead(self, pass_s: float) -> int:
+        """The number before those of a round, at least one; ``pass_s`` is 0 where not known."""
+        return max(1, math.ceil(self.lead_s / pass_s)) if pass_s > 0.0 else 1
 
     def passes_of_round(self, pass_s: float) -> int:
         """The number in each round."""
@@ -292,7 +299,7 @@ def steady(
         c: Conditioning.
         effort: How many passes.
         rest: Has the device for itself before the first round, between two and after the last;
-            a round begins with a pass that is not timed. Without it there is one round.
+            a round begins with passes that are not timed. Without it there is one round.
     """
     warm = timed(step, x, c, effort.warm).median_s
     if rest is None:
@@ -300,7 +307,7 @@ def steady(
     found = []
     for _ in range(effort.rounds):
         rest()
-        found.append(_round(step, x, c, 1, effort.passes_of_round(warm)))
+        found.append(_round(step, x, c, effort.passes_of_lead(warm), effort.passes_of_round(warm)))
     rest()
     timings = [timing for timing, _ in found]
     timing = Timing(

@@ -39,12 +39,17 @@ class Reference(Worker):
         on_cuda = job.device.type == "cuda"
         self._probe = measure.LinkProbe(job.device) if on_cuda else None
         for point in job.points:
-            self.turn(point, 1)
+            self.turn(point, 1, 1)
 
-    def turn(self, point: Point, passes: int) -> dict[str, Any]:
-        """The link's rate and seconds of passes, under the bed's load; blocks until it is done."""
+    def turn(self, point: Point, lead: int, passes: int) -> dict[str, Any]:
+        """The link's rate and seconds of passes, under the bed's load; blocks until it is done.
+
+        ``lead`` passes, at least one, go before the timed ones.
+        """
         with eating(self.job.device, self.job.bed.eaters):
-            row = {"link_bytes_per_s": self._rate(), "passes_s": self._time(point, passes).passes}
+            rate = self._rate()
+            timing = self._time(point, lead, passes)
+            row = {"link_bytes_per_s": rate, "passes_s": timing.passes}
         self.empty_cache()
         return row
 
@@ -54,12 +59,13 @@ class Reference(Worker):
         self._probe.rate(1)
         return self._probe.rate(_COPIES)
 
-    def _time(self, point: Point, passes: int) -> Timing:
-        """Passes after one or two that are not timed: these ask for the memory given back."""
+    def _time(self, point: Point, lead: int, passes: int) -> Timing:
+        """Passes after some that are not timed: the first asks for the memory given back."""
         self._stack.pace(point.pace_s)
         x, c = self.job.bed.workload.inputs(point.tokens, self.job.device)
         step = self._attached.step
-        first = 1 if measure.timed(step, x, c, 1).median_s < _SHORT_PASS_S else 0
+        is_short = measure.timed(step, x, c, 1).median_s < _SHORT_PASS_S
+        first = max(lead - 1, 1 if is_short else 0)
         timing = measure.timed(step, x, c, first + passes)
         return measure.Timing(timing.passes[first:], timing.enqueue_s, timing.host_cpu_s)
 
@@ -72,7 +78,8 @@ class Reference(Worker):
             question = json.loads(line)
             if not question:
                 return {}
-            return self.turn(Point(**question["point"]), question["passes"])
+            point = Point(**question["point"])
+            return self.turn(point, question["lead"], question["passes"])
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}".splitlines()[0][:200]

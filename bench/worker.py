@@ -221,7 +221,7 @@ class Worker:
         self.empty_cache()  # what other points left would count as memory in use
         with eating(self.job.device, self.job.bed.eaters) as load:
             compute_s = self.job.references.get(point.key, {}).get("compute_s", 0.0)
-            turns = Turns(self._beside, point, self.job.effort.beside, compute_s, load.paused)
+            turns = Turns(self._beside, point, self.job.effort, compute_s, load.paused)
             row, timing, x, c = self._passes(attached, point, turns)
             if self.job.deep:
                 cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.once
 CPU = torch.device("cpu")
 BED = Bed(Workload("flux", scale=1 / 40, depth=0.1, text_tokens=2))
 POINTS = (Point(3), Point(4))
-EFFORT = Effort(warm=1, least=3, most=3, seconds=0.0, rounds=2, beside=2)
+EFFORT = Effort(warm=1, least=3, most=3, seconds=0.0, rounds=2, beside=2, lead_s=0.0)
 RATE = 2e8
 
 
@@ -105,6 +105,11 @@ def rows(folder: Path, given: dict[str, Any] | None, **fields: Any) -> list[dict
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
+def a_turn(**point: float) -> dict[str, Any]:
+    """A question for a turn of one timed pass."""
+    return {"point": {"tokens": 3} | point, "lead": 1, "passes": 1}
+
+
 def test_each_cell_has_the_limit_of_its_own_turns(alive: tuple[Path, Reference]) -> None:
     folder, found = alive
     for _ in range(2):  # one worker after the other
@@ -136,13 +141,13 @@ def test_a_turn_that_fails_costs_its_cell_only(alive: tuple[Path, Reference]) ->
     _, found = alive
     one = Beside(found.given(), CPU)
     with pytest.raises(ValueError, match="KeyError: 'passes'"):
-        one.ask({"point": {"tokens": 3}}, 10.0)
+        one.ask({"point": {"tokens": 3}, "lead": 1}, 10.0)
     assert one.is_on
-    assert len(one.ask({"point": {"tokens": 3}, "passes": 1}, 10.0)["passes_s"]) == 1
+    assert len(one.ask(a_turn(), 10.0)["passes_s"]) == 1
     one.close()
     turns = [{"tokens": "no"}, {"tokens": 3}]
     one = Beside(found.given(), CPU)
-    cells = [Turns(one, Point(**turn), 1, 0.0, contextlib.nullcontext) for turn in turns]
+    cells = [Turns(one, Point(**turn), EFFORT, 0.0, contextlib.nullcontext) for turn in turns]
     for cell in cells:
         cell.take()
         cell.take()
@@ -206,7 +211,7 @@ def test_a_worker_begins_when_no_turn_is_under_way(
     alive: tuple[Path, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Beside(alive[1].given(), CPU)
-    one._lines.write(json.dumps({"point": {"tokens": 3, "pace_s": 0.1}, "passes": 1}) + "\n")
+    one._lines.write(json.dumps(a_turn(pace_s=0.1)) + "\n")
     one._lines.flush()
     one.close()  # as a worker that was killed; its turn goes on
     monkeypatch.setattr(beside, "_PATIENCE_S", 0.05)
@@ -273,7 +278,7 @@ def test_it_is_ready_after_a_turn_at_each_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Point] = []
-    monkeypatch.setattr(reference.Reference, "turn", lambda _self, point, _: seen.append(point))
+    monkeypatch.setattr(reference.Reference, "turn", lambda _self, point, *_: seen.append(point))
     reference.Reference(job(tmp_path, points=list(POINTS)), ENGINES["resident"], io.StringIO())
     assert seen == list(POINTS)
 
@@ -282,7 +287,7 @@ def test_a_turn_gives_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = reference.Reference(job(tmp_path), ENGINES["resident"], io.StringIO())
     seen: list[int] = []
     monkeypatch.setattr(made, "empty_cache", lambda: seen.append(1))
-    made.turn(Point(3), 1)
+    made.turn(Point(3), 1, 1)
     assert len(seen) == 1
     assert "failed" in made.answer('{"point": {}}')
     assert len(seen) == 2
@@ -336,6 +341,44 @@ def test_the_first_pass_of_a_round_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     assert measure.steady(lambda x, c: x, x, x, EFFORT)[0].passes == [0.0, 1.0, 2.0]
 
 
+def test_a_round_and_a_turn_begin_with_as_much_that_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def timed(_step: Any, _x: Any, _c: Any, passes: int) -> measure.Timing:
+        seen.append(passes)
+        return measure.Timing([0.25 + number for number in range(passes)], 0.25, 0.5)
+
+    made = reference.Reference(job(tmp_path), ENGINES["resident"], io.StringIO())
+    monkeypatch.setattr(measure, "timed", timed)
+    effort, x = dataclasses.replace(EFFORT, warm=1, lead_s=0.6), torch.zeros(1)
+    timing, _ = measure.steady(lambda x, c: x, x, x, effort, lambda: None)
+    assert seen == [1, 5, 5]  # three of 0.25 s, and two that are timed
+    assert timing.passes == [3.25, 4.25] * 2
+    seen.clear()
+
+    asked: Any = SimpleNamespace(
+        is_on=True, failed=None, is_wanted=True, ask=lambda q, _: made.answer(json.dumps(q))
+    )
+    turns = Turns(asked, Point(3), effort, 0.25, contextlib.nullcontext)
+    turns.take()
+    assert seen == [1, 4]
+    assert turns.row()["beside_limit"]["rounds"][0]["passes_s"] == [2.25, 3.25]
+
+
+def test_short_passes_have_one_more_before_those_of_a_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = reference.Reference(job(tmp_path), ENGINES["resident"], io.StringIO())
+    for pass_s, first in ((0.05, 1), (0.2, 0)):
+        times = [pass_s, pass_s + 1, pass_s + 2]
+        monkeypatch.setattr(
+            measure, "timed", lambda *args, of=times: measure.Timing(of[: args[3]], 0.25, 0.5)
+        )
+        assert made.turn(Point(3), 1, 2)["passes_s"] == times[first : first + 2]
+
+
 def test_allocations_are_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"count": 0}
 
@@ -363,7 +406,7 @@ def test_readers_rest_during_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: Any = SimpleNamespace(is_on=True, failed=None, is_wanted=True, ask=ask)
     with eaters.eating(device, 4) as load:
-        turns = Turns(asked, Point(3), 1, 0.0, load.paused)
+        turns = Turns(asked, Point(3), EFFORT, 0.0, load.paused)
         turns.take()
         turns.take()  # after one that failed there are no more
         assert seen == ["stop", "turn", "start"]
@@ -379,9 +422,10 @@ def test_a_turn_may_take_longer_where_passes_do() -> None:
         return {"link_bytes_per_s": 1.0, "passes_s": [1.0]}
 
     asked: Any = SimpleNamespace(is_on=True, failed=None, is_wanted=True, ask=ask)
+    effort = Effort(beside=1, lead_s=3.0)
     for compute_s in (0.0, 2.0):
-        Turns(asked, Point(3), 1, compute_s, contextlib.nullcontext).take()
-    assert seen == [15.0, 75.0]
+        Turns(asked, Point(3), effort, compute_s, contextlib.nullcontext).take()
+    assert seen == [15.0, 95.0]
 
 
 def test_what_turns_leave_on_the_device_is_not_the_engines(
@@ -392,7 +436,7 @@ def test_what_turns_leave_on_the_device_is_not_the_engines(
     monkeypatch.setattr(measure, "used_bytes", lambda _: uses.pop(0) if uses else 121)
     assert one.base_bytes(50) == 50
     for _ in range(2):
-        one.ask({"point": {"tokens": 3}, "passes": 1}, 10.0)
+        one.ask(a_turn(), 10.0)
     assert one.base_bytes(50) == 58
     assert one.base_bytes(None) is None
     monkeypatch.setattr(os, "kill", lambda *_: None)
