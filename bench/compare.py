@@ -68,7 +68,9 @@ class Judge:
         ):
             best = self._limit.seconds / self._optimum_s
             text = f"efficiency {found:.3f}, needs {floor} ({self._limit.regime})"
-            yield f"{text}; no policy reaches more than {best:.3f}"
+            text += f"; no policy reaches more than {best:.3f}"
+            passes = [1e3 * seconds for seconds in self._ours["passes_s"]]
+            yield f"{text}; passes took {min(passes):.1f} to {max(passes):.1f} ms"
 
     @property
     def _is_asked_for(self) -> bool:
@@ -98,7 +100,7 @@ class Judge:
     def _times_faster(self, wanted: dict[str, Any]) -> Iterator[str]:
         for name, times, room in self._races(wanted):
             if times < wanted["times"] <= room:
-                yield f"{times:.2f} times faster than {name}, needs {wanted['times']}"
+                yield f"{times:.3f} times faster than {name}, needs {wanted['times']}"
 
     def _races(self, wanted: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
         """Peers, how many times faster we are, and how many any policy could be."""

@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from bench import glance
 from bench.compare import (
     FLOORS,
     HOST_DECIDES,
@@ -280,6 +281,7 @@ def text(loaded: list[Results], chart: str, earlier: Sequence[str] = ()) -> str:
     if earlier:
         pages = ", ".join(f"[{name}]({name})" for name in earlier)
         lines += [f"Earlier runs, with an older engine: {pages}.", ""]
+    lines += ["## All runs", "", glance.TEXT, *_markdown(glance.rows(loaded)), ""]
     for number, results in enumerate(loaded, 1):
         lines += [f"## Run {number}", "", *_machine(results), *_beds(results)]
         lines += _first_passes(results)

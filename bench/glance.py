@@ -1,0 +1,102 @@
+"""All runs in one table: how steady the link was, how near the limit, how far from the peers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from bench.compare import FLOORS, misses
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bench.results import Results
+
+HEAD = (
+    "run",
+    "model",
+    "GPU",
+    "link GB/s",
+    "cells",
+    "efficiency",
+    "under best",
+    "peers",
+    "times faster",
+    "missed",
+)
+
+TEXT = """`link`: the least and the greatest rate of single turns, each a copy of 1 GiB; one far
+below the other is of an unsteady link. `cells`: of dgls_torch, and how many were to be run.
+`efficiency`: of those that stream, as `under best`: the most that one is below what no policy
+beats, in points. `peers`: other engines that ran; `times faster`: than the fastest of them that
+kept to the budget and gave the right output, from the worst place to the best. `missed`: floors
+(bench/floors.json), each named below.
+"""
+
+Place = dict[str, dict[str, Any]]
+
+
+def _range(values: Iterable[float], form: str) -> str:
+    found = sorted(values)
+    if not found:
+        return ""
+    low, high = (format(value, form) for value in (found[0], found[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
+def _rates(places: list[Place]) -> list[float]:
+    """GB/s of each turn beside the cells."""
+    limits = [cell.get("beside_limit") or {} for cells in places for cell in cells.values()]
+    return [turn["link_bytes_per_s"] / 1e9 for one in limits for turn in one.get("rounds", [])]
+
+
+def _faster(results: Results, cells: Place) -> float | None:
+    """How many times faster dgls_torch is than the fastest peer at a place."""
+    peers = [
+        1 / results.times(cells["dgls"], cell)
+        for name, cell in cells.items()
+        if name not in ("dgls", "resident")
+        and cell["status"] == "ok"
+        and cell["exact"]
+        and cell.get("capped", True)
+    ]
+    return min(peers, default=None)
+
+
+def _row(number: int, results: Results, bed: str, places: list[Place]) -> tuple[str, ...]:
+    ours = [cells for cells in places if "dgls" in cells]
+    ran = [cells for cells in ours if cells["dgls"]["status"] == "ok"]
+    found: list[float] = []
+    under: list[float] = []
+    for cells in ran:
+        limit, pass_s = results.limit(cells["dgls"]), cells["dgls"]["pass_s"]
+        if limit.copy_s > 0:
+            found.append(100 * limit.seconds / pass_s)
+            under.append(100 * limit.seconds / results.optimum_s(cells) - found[-1])
+    engines = {name for cells in places for name, cell in cells.items() if cell["status"] == "ok"}
+    faster = [times for cells in ran if (times := _faster(results, cells)) is not None]
+    floors = json.loads(FLOORS.read_text(encoding="utf-8"))
+    missed = sum(miss.startswith(f"{bed}, ") for miss in misses(results, floors))
+    return (
+        f"[{number}](#run-{number})",
+        results.value["beds"][bed]["title"],
+        results.value["machine"].get("gpu", "none").removeprefix("NVIDIA "),
+        _range(_rates(places), ".1f"),
+        f"{len(ran)} of {len(ours)}",
+        _range(found, ".1f"),
+        f"{max(under):.1f}" if under else "",
+        str(len(engines - {"dgls", "resident"}) or ""),
+        _range(faster, ".2f"),
+        str(missed),
+    )
+
+
+def rows(loaded: list[Results]) -> list[tuple[str, ...]]:
+    """The table's head, and a row for each model of each run."""
+    found: list[tuple[str, ...]] = [HEAD]
+    for number, results in enumerate(loaded, 1):
+        beds: dict[str, list[Place]] = {}
+        for (bed, _, _), cells in results.by_place():
+            beds.setdefault(bed, []).append(cells)
+        found += [_row(number, results, bed, places) for bed, places in sorted(beds.items())]
+    return found
