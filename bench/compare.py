@@ -83,16 +83,8 @@ class Judge:
         if found > most:
             yield f"efficiency {found:.3f} is above {most}: the limit was measured wrong"
 
-    def _peers(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The engines that kept to the budget and gave the right output."""
-        for name, cell in self._cells.items():
-            if name in ("dgls", "resident") or cell["status"] != "ok":
-                continue
-            if cell["exact"] and cell.get("capped", True):
-                yield name, cell
-
     def _best_peer(self, most: float) -> Iterator[str]:
-        for name, cell in self._peers():
+        for name, cell in rivals(self._cells):
             times = self._results.times(self._ours, cell)
             if times > most:
                 yield f"{times:.3f} of the time of {name}, may be {most}"
@@ -106,7 +98,7 @@ class Judge:
         """Peers, how many times faster we are, and how many any policy could be."""
         if self._limit.regime != wanted["regime"]:
             return
-        for name, cell in self._peers():
+        for name, cell in rivals(self._cells):
             if name in wanted["engines"]:
                 faster = 1 / self._results.times(self._ours, cell)
                 yield name, faster, faster * self._ours["pass_s"] / self._optimum_s
@@ -190,6 +182,15 @@ class Judge:
             return  # a profile slows the host down: where that decides nothing can add up
         elif abs(account["off"]) > most:
             yield f"the account is {100 * account['off']:+.1f} % off the time measured"
+
+
+def rivals(cells: Cells) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The other engines at a place that kept to the budget and gave the right output."""
+    for name, cell in cells.items():
+        if name in ("dgls", "resident") or cell["status"] != "ok":
+            continue
+        if cell["exact"] and cell.get("capped", True):
+            yield name, cell
 
 
 def overhead_bytes(results: Results, cell: dict[str, Any]) -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.compare import FLOORS, misses
+from bench.compare import FLOORS, misses, rivals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bench.compare import Cells
     from bench.results import Results
 
 HEAD = (
@@ -33,8 +34,6 @@ kept to the budget and gave the right output, from the worst place to the best. 
 (bench/floors.json), each named below.
 """
 
-Place = dict[str, dict[str, Any]]
-
 
 def _range(values: Iterable[float], form: str) -> str:
     found = sorted(values)
@@ -44,26 +43,19 @@ def _range(values: Iterable[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _rates(places: list[Place]) -> list[float]:
+def _rates(places: list[Cells]) -> list[float]:
     """GB/s of each turn beside the cells."""
     limits = [cell.get("beside_limit") or {} for cells in places for cell in cells.values()]
     return [turn["link_bytes_per_s"] / 1e9 for one in limits for turn in one.get("rounds", [])]
 
 
-def _faster(results: Results, cells: Place) -> float | None:
+def _faster(results: Results, cells: Cells) -> float | None:
     """How many times faster dgls_torch is than the fastest peer at a place."""
-    peers = [
-        1 / results.times(cells["dgls"], cell)
-        for name, cell in cells.items()
-        if name not in ("dgls", "resident")
-        and cell["status"] == "ok"
-        and cell["exact"]
-        and cell.get("capped", True)
-    ]
+    peers = (1 / results.times(cells["dgls"], cell) for _, cell in rivals(cells))
     return min(peers, default=None)
 
 
-def _row(number: int, results: Results, bed: str, places: list[Place]) -> tuple[str, ...]:
+def _row(number: int, results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
     ours = [cells for cells in places if "dgls" in cells]
     ran = [cells for cells in ours if cells["dgls"]["status"] == "ok"]
     found: list[float] = []
@@ -95,7 +87,7 @@ def rows(loaded: list[Results]) -> list[tuple[str, ...]]:
     """The table's head, and a row for each model of each run."""
     found: list[tuple[str, ...]] = [HEAD]
     for number, results in enumerate(loaded, 1):
-        beds: dict[str, list[Place]] = {}
+        beds: dict[str, list[Cells]] = {}
         for (bed, _, _), cells in results.by_place():
             beds.setdefault(bed, []).append(cells)
         found += [_row(number, results, bed, places) for bed, places in sorted(beds.items())]

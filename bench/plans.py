@@ -105,6 +105,7 @@ PLANS: dict[str, Sequence[Stage]] = {
             (4.0, 2.0, 1.0, 0.5),
             ON_HOST,
             (0.75, 1.05),
+            {"lead_s": 0.0},
         ),
     ),
     # The same for tests: seconds.
