@@ -23,6 +23,12 @@ HOST_DECIDES = 0.1
 """Above this share of launches in a pass the host is what limits it."""
 
 
+def load_floors(path: Path = FLOORS) -> dict[str, Any]:
+    """Reads what is claimed, by the name of each check."""
+    floors: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return floors
+
+
 class Judge:
     """Holds one place's cells against the floors."""
 
@@ -251,7 +257,7 @@ def notes(results: Results, floors: dict[str, Any]) -> list[str]:
 
 def compare(loaded: list[Results], floors_path: Path) -> int:
     """Prints the misses; 1 if there are any."""
-    floors = json.loads(floors_path.read_text(encoding="utf-8"))
+    floors = load_floors(floors_path)
     found = [miss for results in loaded for miss in misses(results, floors)]
     for note in (note for results in loaded for note in notes(results, floors)):
         print(f"note: {note}")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-from bench.compare import FLOORS, misses, rivals
+from bench.compare import load_floors, misses, rivals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +30,7 @@ below the other is of an unsteady link. `cells`: of dgls_torch, and how many wer
 `efficiency`: of those that stream, as `under best`: the most that one is below what no policy
 beats, in points. `peers`: other engines that ran; `times faster`: than the fastest of them that
 kept to the budget and gave the right output, from the worst place to the best. `missed`: floors
-(bench/floors.json), each named below.
+(bench/floors.json) that its cells miss, each named below.
 """
 
 
@@ -55,22 +54,19 @@ def _faster(results: Results, cells: Cells) -> float | None:
     return min(peers, default=None)
 
 
-def _row(number: int, results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
+def _row(results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
     ours = [cells for cells in places if "dgls" in cells]
     ran = [cells for cells in ours if cells["dgls"]["status"] == "ok"]
     found: list[float] = []
     under: list[float] = []
     for cells in ran:
-        limit, pass_s = results.limit(cells["dgls"]), cells["dgls"]["pass_s"]
-        if limit.copy_s > 0:
-            found.append(100 * limit.seconds / pass_s)
-            under.append(100 * limit.seconds / results.optimum_s(cells) - found[-1])
+        limit, efficiency = results.limit(cells["dgls"]), results.efficiency(cells["dgls"])
+        if limit.copy_s > 0 and efficiency is not None:
+            found.append(100 * efficiency)
+            under.append(100 * (limit.seconds / results.optimum_s(cells) - efficiency))
     engines = {name for cells in places for name, cell in cells.items() if cell["status"] == "ok"}
     faster = [times for cells in ran if (times := _faster(results, cells)) is not None]
-    floors = json.loads(FLOORS.read_text(encoding="utf-8"))
-    missed = sum(miss.startswith(f"{bed}, ") for miss in misses(results, floors))
     return (
-        f"[{number}](#run-{number})",
         results.value["beds"][bed]["title"],
         results.value["machine"].get("gpu", "none").removeprefix("NVIDIA "),
         _range(_rates(places), ".1f"),
@@ -79,16 +75,20 @@ def _row(number: int, results: Results, bed: str, places: list[Cells]) -> tuple[
         f"{max(under):.1f}" if under else "",
         str(len(engines - {"dgls", "resident"}) or ""),
         _range(faster, ".2f"),
-        str(missed),
     )
 
 
 def rows(loaded: list[Results]) -> list[tuple[str, ...]]:
     """The table's head, and a row for each model of each run."""
     found: list[tuple[str, ...]] = [HEAD]
+    floors = load_floors()
     for number, results in enumerate(loaded, 1):
         beds: dict[str, list[Cells]] = {}
         for (bed, _, _), cells in results.by_place():
             beds.setdefault(bed, []).append(cells)
-        found += [_row(number, results, bed, places) for bed, places in sorted(beds.items())]
+        missed = misses(results, floors)
+        for bed, places in sorted(beds.items()):
+            count = sum(miss.startswith(f"{bed}, ") for miss in missed)
+            link = f"[{number}](#run-{number})"
+            found.append((link, *_row(results, bed, places), str(count)))
     return found

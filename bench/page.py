@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from bench import glance
 from bench.compare import (
-    FLOORS,
     HOST_DECIDES,
     gaps_beyond_resident,
+    load_floors,
     misses,
     notes,
     overhead_bytes,
@@ -214,7 +213,7 @@ def _left(loaded: list[Results]) -> list[str]:
 
 
 def _missed(results: Results) -> list[str]:
-    floors = json.loads(FLOORS.read_text(encoding="utf-8"))
+    floors = load_floors()
     found = [f"- {miss}" for miss in misses(results, floors)]
     void = [f"- (void) {note}" for note in notes(results, floors)]
     return [*(found or ["None."]), *void]
