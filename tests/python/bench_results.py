@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import bench_path
 
 bench_path.put_on_path()
 
+from bench.compare import misses  # noqa: E402
 from bench.results import Results  # noqa: E402
 
+FLOORS_PATH = bench_path.ROOT / "bench" / "floors.json"
+FLOORS = json.loads(FLOORS_PATH.read_text())
 MIB, GIB = 1 << 20, 1 << 30
 BED = "flux-bf16"
 
@@ -75,6 +79,10 @@ def good() -> Results:
     value = {"format": 1, "machine": machine, "beds": {BED: bed}, "cells": cells}
     value["commands"] = [{"command": "python -m bench run", "date": "2026-01-01"}]
     return Results(value)
+
+
+def found_in(results: Results, **floors: Any) -> list[str]:
+    return misses(results, FLOORS | floors)
 
 
 def first(results: Results) -> dict[str, Any]:

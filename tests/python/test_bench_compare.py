@@ -6,12 +6,21 @@ Method: one good set of results, made by hand, and one change at a time.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-import bench_path
 import pytest
-from bench_results import BED, GIB, MIB, beside, first, good, over_with_gaps
+from bench_results import (
+    BED,
+    FLOORS,
+    FLOORS_PATH,
+    GIB,
+    MIB,
+    beside,
+    first,
+    found_in,
+    good,
+    over_with_gaps,
+)
 
 from bench.commands import main
 from bench.compare import compare, misses, notes
@@ -21,13 +30,6 @@ from bench.table import losers
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-FLOORS_PATH = bench_path.ROOT / "bench" / "floors.json"
-FLOORS = json.loads(FLOORS_PATH.read_text())
-
-
-def found_in(results: Results, **floors: Any) -> list[str]:
-    return misses(results, FLOORS | floors)
 
 
 def test_good_results_keep_all_floors() -> None:

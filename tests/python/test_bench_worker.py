@@ -12,26 +12,18 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import bench_path
 import torch
+from bench_jobs import BED, CPU, POINTS, job
 
-bench_path.put_on_path()
-
-from bench import measure, weights  # noqa: E402
-from bench.cells import Bed, Point  # noqa: E402
-from bench.engines import Attached, Engine, Setup  # noqa: E402
-from bench.measure import Effort  # noqa: E402
-from bench.stacks import Workload  # noqa: E402
-from bench.worker import Job, Worker  # noqa: E402
+from bench import measure, weights
+from bench.engines import Attached, Engine, Setup
+from bench.measure import Effort
+from bench.worker import Worker
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
-
-CPU = torch.device("cpu")
-BED = Bed(Workload("flux", scale=1 / 40, depth=0.1, text_tokens=2))
-POINTS = (Point(3), Point(4))
 
 
 class Odd(Engine):
@@ -73,29 +65,20 @@ def rows(
     object.__setattr__(engine, "errors", errors)
     object.__setattr__(engine, "learns", learns)
     object.__setattr__(engine, "open_now", 0)
-    stack = weights.load(BED.workload, weights.make(BED.workload, folder, CPU))
-    references = {}
-    for point in POINTS:
-        x, c = BED.workload.inputs(point.tokens, CPU)
-        references[point.key] = {"hash": measure.digest(stack, x, c), "workspace_bytes": 0}
-    job = Job(
+    given = job(
+        folder,
         engine="odd",
-        bed=BED,
-        folder=folder,
-        device=CPU,
         link_bytes_per_s=None,
-        measured_link=None,
         effort=effort,
         cells=[(budget, point) for budget in (10, 20) for point in POINTS],
-        references=references,
         deadline=time.time() + seconds,
-        ratios=[],
-        points=[],
-        deep=False,
-        hooks=False,
     )
+    stack = weights.load(BED.workload, weights.make(BED.workload, given.folder, CPU))
+    for point in POINTS:
+        x, c = BED.workload.inputs(point.tokens, CPU)
+        given.references[point.key] = {"hash": measure.digest(stack, x, c), "workspace_bytes": 0}
     out = io.StringIO()
-    Worker(job, engine, out).run()
+    Worker(given, engine, out).run()
     assert engine.open_now == 0  # whatever happened, the engine was closed
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
