@@ -76,7 +76,18 @@ class Judge:
             text = f"efficiency {found:.3f}, needs {floor} ({self._limit.regime})"
             text += f"; no policy reaches more than {best:.3f}"
             passes = [1e3 * seconds for seconds in self._ours["passes_s"]]
-            yield f"{text}; passes took {min(passes):.1f} to {max(passes):.1f} ms"
+            text += f"; passes took {min(passes):.1f} to {max(passes):.1f} ms"
+            yield text + self._turns()
+
+    def _turns(self) -> str:
+        """What the turns of the resident run and of the link varied by meanwhile."""
+        rounds = (self._ours.get("beside_limit") or {}).get("rounds", [])
+        if not rounds:
+            return ""
+        passes = [1e3 * seconds for turn in rounds for seconds in turn["passes_s"]]
+        rates = [turn["link_bytes_per_s"] / 1e9 for turn in rounds]
+        text = f", the resident run's {min(passes):.1f} to {max(passes):.1f} ms"
+        return f"{text}, and the link had {min(rates):.1f} to {max(rates):.1f} GB/s"
 
     @property
     def _is_asked_for(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING
 
 from bench.compare import load_floors, misses, rivals
@@ -17,6 +18,7 @@ HEAD = (
     "model",
     "GPU",
     "link GB/s",
+    "mean",
     "cells",
     "efficiency",
     "under best",
@@ -26,7 +28,9 @@ HEAD = (
 )
 
 TEXT = """`link`: the least and the greatest rate of single turns, each a copy of 1 GiB; one far
-below the other is of an unsteady link. `cells`: of dgls_torch, and how many were to be run.
+below the other is of an unsteady link. `mean`: all bytes of the turns over all of their seconds;
+limits are of the median turn, which knows little of a link's stalls. `cells`: of dgls_torch, and
+how many were to be run.
 `efficiency`: of those that stream, as `under best`: the most that one is below what no policy
 beats, in points. `peers`: other engines that ran; `times faster`: than the fastest of them that
 kept to the budget and gave the right output, from the worst place to the best. `missed`: floors
@@ -57,6 +61,7 @@ def _faster(results: Results, cells: Cells) -> float | None:
 def _row(results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
     ours = [cells for cells in places if "dgls" in cells]
     ran = [cells for cells in ours if cells["dgls"]["status"] == "ok"]
+    rates = _rates(places)
     found: list[float] = []
     under: list[float] = []
     for cells in ran:
@@ -69,7 +74,8 @@ def _row(results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
     return (
         results.value["beds"][bed]["title"],
         results.value["machine"].get("gpu", "none").removeprefix("NVIDIA "),
-        _range(_rates(places), ".1f"),
+        _range(rates, ".1f"),
+        f"{statistics.harmonic_mean(rates):.1f}" if rates else "",
         f"{len(ran)} of {len(ours)}",
         _range(found, ".1f"),
         f"{max(under):.1f}" if under else "",

@@ -36,6 +36,21 @@ def test_good_results_keep_all_floors() -> None:
     assert found_in(good()) == []
 
 
+def test_a_missed_efficiency_tells_what_varied_beside_it() -> None:
+    results = good()
+    first(results)["pass_s"] = 1.6
+    beside(first(results), 0.5)
+    turns = [([0.6, 0.5], 10e9), ([0.55], 4.2e9)]
+    first(results)["beside_limit"]["rounds"] = [
+        {"passes_s": passes, "link_bytes_per_s": rate} for passes, rate in turns
+    ]
+    (miss,) = found_in(results)
+    assert miss.endswith(
+        "; passes took 1540.0 to 1570.0 ms, the resident run's 500.0 to 600.0 ms, and the link had "
+        "4.2 to 10.0 GB/s"
+    )
+
+
 CHANGES: list[tuple[str, Callable[[Results], Any]]] = [
     ("efficiency 0.938, needs 0.95 (copy)", lambda r: first(r).update(pass_s=1.6)),
     ("; passes took 1540.0 to 1570.0 ms", lambda r: first(r).update(pass_s=1.6)),
