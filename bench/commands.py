@@ -18,6 +18,8 @@ from bench.run import Options, Run, default_python
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bench.plans import Stage
+
 _HOST_LINK = 2e8
 
 
@@ -33,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--folder", type=Path, default=Path("/dev/shm/dgls-bench"))
     run.add_argument("--engines", default=None, help="only these, separated by commas")
     run.add_argument("--beds", default=None, help="only these models, as wan-bf16, by commas")
+    run.add_argument("--shares", default=None, help="only these budgets, as 0.25, by commas")
+    run.add_argument("--ratios", default=None, help="only these of copy over compute, as 4,0.5")
     run.add_argument("--python", default=default_python(), help="with the peers in it")
     run.add_argument("--log", type=Path, default=None, help="what the engines print")
     run.add_argument("--deep", action=argparse.BooleanOptionalAction, default=True)
@@ -53,8 +57,9 @@ def _command(options: argparse.Namespace) -> str:
     words = ["python", "-m", "bench", "run", "--plan", options.plan]
     words += ["--minutes", f"{options.minutes:g}", "--device", options.device]
     words += ["--link", f"{options.link:g}"] if options.device == "cpu" else []
-    words += ["--engines", options.engines] if options.engines else []
-    words += ["--beds", options.beds] if options.beds else []
+    for name in ("engines", "beds", "shares", "ratios"):
+        given = getattr(options, name)
+        words += [f"--{name}", given] if given else []
     return shlex.join(words)
 
 
@@ -73,11 +78,35 @@ def _chosen(option: str, text: str | None, known: Iterable[str]) -> tuple[str, .
     return names
 
 
+def _numbers(option: str, text: str | None, known: Iterable[float]) -> list[float] | None:
+    """As `_chosen`, of numbers."""
+    named = {f"{number:g}": number for number in sorted(known)}
+    chosen = _chosen(option, text, named)
+    return None if chosen is None else [named[name] for name in chosen]
+
+
+def _stages(options: argparse.Namespace) -> list[Stage]:
+    """What is to be run of the plan.
+
+    Raises:
+        ValueError: The plan has nothing of the kind.
+    """
+    stages = PLANS[options.plan]
+    beds = _chosen("beds", options.beds, dict.fromkeys(stage.bed.key for stage in stages))
+    stages = [stage for stage in stages if beds is None or stage.bed.key in beds]
+    known = {share for stage in stages for share in stage.shares + stage.only_ours}
+    shares = _numbers("shares", options.shares, known)
+    ratios = _numbers("ratios", options.ratios, {r for stage in stages for r in stage.ratios})
+    narrowed = (stage.narrowed(shares, ratios) for stage in stages)
+    left = [stage for stage in narrowed if stage is not None]
+    if not left:
+        raise ValueError("no stage of the plan has both one of the shares and one of the ratios")
+    return left
+
+
 def _run(options: argparse.Namespace) -> int:
-    stages = list(PLANS[options.plan])
     try:
-        wanted = _chosen("engines", options.engines, ENGINES)
-        beds = _chosen("beds", options.beds, dict.fromkeys(stage.bed.key for stage in stages))
+        wanted, stages = _chosen("engines", options.engines, ENGINES), _stages(options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -97,7 +126,6 @@ def _run(options: argparse.Namespace) -> int:
         engines=wanted,
         log=options.log,
     )
-    stages = [stage for stage in stages if beds is None or stage.bed.key in beds]
     try:
         Run(stages, settings, results).run()
     except ValueError as error:

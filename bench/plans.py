@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.cells import Bed
@@ -33,6 +33,22 @@ class Stage:
     only_ours: tuple[float, ...] = ()
     """More budgets, for dgls_torch alone."""
     effort: dict[str, Any] = field(default_factory=dict)
+
+    def narrowed(
+        self, shares: Sequence[float] | None, ratios: Sequence[float] | None
+    ) -> Stage | None:
+        """Only some budgets, and ratios, of it; all where ``None``. ``None`` if nothing is left."""
+
+        def of(own: tuple[float, ...], wanted: Sequence[float] | None) -> tuple[float, ...]:
+            return tuple(one for one in own if wanted is None or one in wanted)
+
+        left = replace(
+            self,
+            shares=of(self.shares, shares),
+            only_ours=of(self.only_ours, shares),
+            ratios=of(self.ratios, ratios),
+        )
+        return left if left.ratios and left.shares + left.only_ours else None
 
 
 def _bed(

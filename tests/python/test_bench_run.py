@@ -242,6 +242,15 @@ def test_only_the_chosen_beds_are_measured(
 ) -> None:
     assert measure(tmp_path, "--beds", "wan-bf16") == 2
     assert "beds need some of flux-bf16-" in capsys.readouterr().err
+    found = stages_of_runs(monkeypatch)
+    assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16,hunyuan-bf16") == 0
+    assert [stage.bed.key for stage in found] == ["wan-bf16", "hunyuan-bf16"]
+    (ran,) = Results.load(tmp_path / "results.json").value["commands"]
+    assert ran["command"].endswith("--beds wan-bf16,hunyuan-bf16")
+
+
+def stages_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    """What runs are asked for from now on; none runs."""
     found: list[Stage] = []
 
     def run_of(stages: list[Stage], *_: Any) -> SimpleNamespace:
@@ -249,10 +258,36 @@ def test_only_the_chosen_beds_are_measured(
         return SimpleNamespace(run=lambda: None)
 
     monkeypatch.setattr("bench.commands.Run", run_of)
-    assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16,hunyuan-bf16") == 0
-    assert [stage.bed.key for stage in found] == ["wan-bf16", "hunyuan-bf16"]
+    return found
+
+
+def test_only_the_chosen_budgets_and_ratios_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = stages_of_runs(monkeypatch)
+    words = ("--shares", "0.25,0.15", "--ratios", "4")
+    assert measure(tmp_path, "--plan", "core", *words) == 0
+    assert {stage.ratios for stage in found} == {(4.0,)}
+    assert [(stage.shares, stage.only_ours) for stage in found] == [((0.25,), ()), ((), (0.15,))]
+    assert found[0].engines == PLANS["core"][0].engines
     (ran,) = Results.load(tmp_path / "results.json").value["commands"]
-    assert ran["command"].endswith("--beds wan-bf16,hunyuan-bf16")
+    assert ran["command"].endswith("--shares 0.25,0.15 --ratios 4")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--shares", "0.3"), "shares need some of 0.15, 0.25, 0.5, 0.75, 1.05, found '0.3'"),
+        (("--ratios", "half"), "ratios need some of 0.25, 1, 4, found 'half'"),
+        (("--shares", "1.05", "--ratios", "0.25"), "no stage of the plan has both"),
+    ],
+)
+def test_budgets_and_ratios_that_a_plan_lacks_are_refused(
+    words: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert measure(tmp_path, "--plan", "core", *words) == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_every_plan_names_engines_that_exist() -> None:
