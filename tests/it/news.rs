@@ -188,3 +188,33 @@ fn where_times_change_all_the_time_few_plans_are_taken_up() {
     assert!(adopted <= 15, "{adopted} plans in 40 changes");
     assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
 }
+
+/// Mean pass, and plans taken up, where no pass is like the one before, nor is the link in one of
+/// five.
+fn never_alike(adapt: Adapt, seed: u64) -> (f64, u64) {
+    let calm = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
+    let profile = all()[0].profile(2, 150.0, 25e9);
+    let times = with_times(&profile, Truth { kernel_ns: 6_000_000, ..calm });
+    let mut run = Run::new(&times, 8 * GB, adapt);
+    let mut random = Random::new(seed);
+    let mut sum = 0.0;
+    for _ in 0..100 {
+        let kernels = random.between(100, 200);
+        let link = if random.chance(20) { random.between(110, 160) } else { 100 };
+        sum += run.mean(1, calm, &mut |number, percent| {
+            number * (if percent == 3 { kernels } else { link }) / 100
+        });
+    }
+    run.finish();
+    (sum / 100.0, run.engine.stats().counters.adopted)
+}
+
+#[test]
+fn where_no_two_passes_are_alike_few_plans_are_taken_up() {
+    for seed in [0, 2] {
+        let (still, _) = never_alike(Adapt::Off, seed);
+        let (adapting, adopted) = never_alike(Adapt::AtOnce, seed);
+        assert!(adopted <= 12, "{adopted} plans in 100 passes");
+        assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
+    }
+}

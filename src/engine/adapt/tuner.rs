@@ -10,9 +10,11 @@
 //! pass was 4 % off what was predicted
 //! ```
 //!
-//! A change of more than 15 % is no noise: another resolution, another program on the link. It is
-//! taken over at once instead of being smoothed. Between passes the median of the last five counts:
-//! with their mean a few pauses made the link look idle for longer than any plan could save.
+//! What is more than 15 % beyond all of the last eight measurements is no noise: another
+//! resolution, another program on the link. It is taken over at once instead of being smoothed.
+//! Where no two passes are alike a plan for the last one alone would be one for chance. Between
+//! passes the median of the last five counts: with their mean a few pauses made the link look idle
+//! for longer than any plan could save.
 
 use super::usual::{Outside, Watched};
 use crate::plan::{Link, Times};
@@ -81,6 +83,9 @@ pub struct Tuner {
     missed_again: u64,
     /// Sum of compute, and rate, when a plan was last looked for.
     reviewed: Option<(f64, f64)>,
+    /// Sums of compute that were measured, and rates.
+    sums: Watched,
+    rates: Watched,
     inside: Watched,
     first: Watched,
     /// Passes that are expected of the next plan.
@@ -99,20 +104,23 @@ impl Tuner {
     pub fn ends(&mut self, inside_s: f64) -> Option<News> {
         self.horizon = (self.horizon + 1.0).min(PASSES);
         let beyond = self.inside.news(inside_s, MISSED);
-        self.trust_less(beyond)
+        self.trust_less(beyond, self.inside.is_restless())
     }
 
     /// The first block of a pass took `first_s` seconds of compute. Says whether that is quite
     /// another time than usual, long before the pass ends.
     pub fn begins(&mut self, first_s: f64) -> Option<News> {
         let beyond = self.first.news(first_s, JUMP);
-        self.trust_less(beyond)
+        self.trust_less(beyond, self.first.is_restless())
     }
 
-    /// After news, what was measured before counts as one measurement.
-    fn trust_less(&mut self, beyond: Option<f64>) -> Option<News> {
+    /// After news, what was measured before counts as one measurement; not where there is news all
+    /// the time.
+    fn trust_less(&mut self, beyond: Option<f64>, is_restless: bool) -> Option<News> {
         let beyond = beyond?;
-        self.samples = (self.samples.0.min(1), self.samples.1.min(1));
+        if !is_restless {
+            self.samples = (self.samples.0.min(1), self.samples.1.min(1));
+        }
         Some(if beyond > JUMP { News::Large } else { News::Small })
     }
 
@@ -143,8 +151,8 @@ impl Tuner {
     /// A pass ran; `predicted_s` is the plan's period. Says whether to look for a plan.
     pub fn observe(&mut self, pass: &PassTimes, predicted_s: Option<f64>) -> Option<Reason> {
         let measured = pass.compute_s.iter().sum::<f64>();
-        let known = self.compute_s.iter().sum::<f64>();
-        if self.compute_s.len() != pass.compute_s.len() || moved(known, measured, JUMP) {
+        let is_new = self.sums.news(measured, JUMP).is_some();
+        if self.compute_s.len() != pass.compute_s.len() || is_new {
             self.compute_s.clone_from(&pass.compute_s);
             self.samples.0 = 1;
         } else {
@@ -156,7 +164,8 @@ impl Tuner {
         self.outside.note(pass.outside_s.min(MOST_OUTSIDE * measured));
         if let Some((bytes, seconds)) = pass.copied {
             let rate = real(bytes) / seconds;
-            let known = self.bytes_per_s.filter(|&known| !moved(known, rate, JUMP));
+            let is_new = self.rates.news(rate, JUMP).is_some();
+            let known = self.bytes_per_s.filter(|_| !is_new);
             self.bytes_per_s = Some(if let Some(known) = known {
                 known + share_of_next(&mut self.samples.1) * (rate - known)
             } else {
@@ -204,8 +213,9 @@ impl Tuner {
 
     /// Another order: what was learned of uses is void, the link is as it was.
     pub fn forget_uses(&mut self) {
-        let Self { bytes_per_s, pause_s, samples: (_, rates), .. } = *self;
-        *self = Self { bytes_per_s, pause_s, samples: (0, rates), ..Self::new() };
+        let Self { bytes_per_s, pause_s, samples: (_, of_rate), .. } = *self;
+        let rates = std::mem::take(&mut self.rates);
+        *self = Self { bytes_per_s, pause_s, samples: (0, of_rate), rates, ..Self::new() };
     }
 }
 
@@ -221,160 +231,4 @@ pub(super) fn moved(from: f64, to: f64, share: f64) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pass(compute_s: f64, rate: f64) -> PassTimes {
-        PassTimes {
-            compute_s: vec![compute_s; 4],
-            outside_s: 0.0,
-            inside_s: 4.0 * compute_s,
-            copied: Some((1_000_000, 1e6 / rate)),
-        }
-    }
-
-    #[test]
-    fn passes_1_2_4_and_8_are_due() {
-        let mut tuner = Tuner::new();
-        let due: Vec<u64> = (1..=20)
-            .filter(|_| tuner.observe(&pass(0.1, 1e9), Some(0.4)) == Some(Reason::Due))
-            .collect();
-        assert_eq!(due, [1, 2, 4, 8, 16]);
-    }
-
-    #[test]
-    fn small_changes_are_smoothed_and_large_ones_taken_over() {
-        let mut tuner = Tuner::new();
-        tuner.observe(&pass(0.1, 1e9), None);
-        tuner.observe(&pass(0.11, 1e9), None);
-        let compute_s = |tuner: &Tuner| tuner.times(4).expect("known").compute_s[0];
-        assert!((compute_s(&tuner) - 0.105).abs() < 1e-9, "the mean");
-        tuner.observe(&pass(0.2, 0.5e9), None);
-        assert!((compute_s(&tuner) - 0.2).abs() < 1e-9);
-        assert!((tuner.times(4).expect("known").link.bytes_per_s - 0.5e9).abs() < 1.0);
-        assert!(tuner.times(5).is_none(), "of another order nothing is known");
-    }
-
-    #[test]
-    fn an_estimate_is_a_mean_that_forgets_and_trusts_itself_less_after_news() {
-        let rate = |tuner: &Tuner| tuner.times(4).expect("known").link.bytes_per_s;
-        let mut tuner = Tuner::new();
-        for _ in 0..20 {
-            tuner.observe(&pass(0.1, 1.0e9), None);
-        }
-        tuner.observe(&pass(0.1, 1.1e9), None);
-        assert!((rate(&tuner) - 1.015e9).abs() < 1.0);
-        assert_eq!((tuner.ends(0.4), tuner.ends(0.44)), (None, Some(News::Small)));
-        tuner.observe(&pass(0.1, 1.1e9), None);
-        assert!((rate(&tuner) - 1.0575e9).abs() < 1.0, "half of the way");
-        tuner.observe(&pass(0.1, 0.5e9), None);
-        tuner.observe(&pass(0.1, 0.52e9), None);
-        assert!((rate(&tuner) - 0.51e9).abs() < 1.0, "nothing is left of before a jump");
-    }
-
-    #[test]
-    fn of_what_lies_between_passes_pauses_do_not_count() {
-        let mut tuner = Tuner::new();
-        let outside_s = |tuner: &Tuner| tuner.times(4).expect("known").outside_s;
-        let known = [0.5, 0.01, 0.02, 0.6, 0.01, 0.7, 0.03].map(|seconds| {
-            tuner.observe(&PassTimes { outside_s: seconds, ..pass(0.1, 1e9) }, None);
-            outside_s(&tuner)
-        });
-        let right = [0.5, 0.01, 0.02, 0.02, 0.02, 0.02, 0.03];
-        assert!(known.iter().zip(right).all(|(known, right)| (known - right).abs() < 1e-12));
-        for _ in 0..3 {
-            tuner.observe(&PassTimes { outside_s: 60.0, ..pass(0.1, 1e9) }, None);
-        }
-        assert!((outside_s(&tuner) - MOST_OUTSIDE * 0.4).abs() < 1e-9, "it is always that long");
-    }
-
-    #[test]
-    fn what_was_put_off_is_due_at_the_next_pass() {
-        let mut tuner = Tuner::new();
-        let observe = |tuner: &mut Tuner| tuner.observe(&pass(0.1, 1e9), Some(0.4));
-        let first: Vec<_> = (0..4).map(|_| observe(&mut tuner)).collect();
-        assert_eq!(first, [Some(Reason::Due), Some(Reason::Due), None, Some(Reason::Due)]);
-        tuner.put_off();
-        assert_eq!(observe(&mut tuner), Some(Reason::Due));
-        assert_eq!(observe(&mut tuner), None);
-    }
-
-    #[test]
-    fn a_moved_link_and_a_missed_prediction_are_reasons() {
-        let mut tuner = Tuner::new();
-        for _ in 0..5 {
-            tuner.observe(&pass(0.1, 1e9), Some(0.4));
-        }
-        assert_eq!(tuner.observe(&pass(0.1, 0.8e9), Some(0.4)), Some(Reason::Moved));
-        assert_eq!(tuner.observe(&pass(0.1, 0.8e9), Some(0.4)), None);
-        for _ in 0..3 {
-            tuner.observe(&pass(0.1, 0.8e9), Some(0.4));
-        }
-        for _ in 0..2 {
-            tuner.observe(&pass(0.1, 0.8e9), Some(0.4));
-        }
-        assert_eq!(tuner.observe(&pass(0.1, 0.8e9), Some(0.5)), Some(Reason::Missed));
-        assert_eq!(tuner.observe(&pass(0.1, 0.8e9), Some(0.5)), None, "not at every pass");
-    }
-
-    #[test]
-    fn a_pass_of_another_length_is_news() {
-        let mut tuner = Tuner::new();
-        let news = [1.0, 1.03, 1.0, 1.2, 1.2, 1.1].map(|inside_s| tuner.ends(inside_s));
-        let (small, large) = (Some(News::Small), Some(News::Large));
-        assert_eq!(news, [None, None, None, large, None, small], "1.03 to 1.2, and 1.2 to 1.1");
-    }
-
-    #[test]
-    fn a_first_block_that_takes_quite_another_time_is_news() {
-        let mut tuner = Tuner::new();
-        let news = [0.1, 0.11, 0.1, 0.2, 0.2, 0.05].map(|first_s| tuner.begins(first_s));
-        let large = Some(News::Large);
-        assert_eq!(news, [None, None, None, large, None, large]);
-    }
-
-    #[test]
-    fn where_passes_never_take_the_same_time_only_what_is_beyond_them_all_is_news() {
-        let mut tuner = Tuner::new();
-        let mut news = |spans: &[f64]| spans.iter().filter(|&&s| tuner.ends(s).is_some()).count();
-        assert_eq!(news(&[1.0, 1.2, 1.0, 1.2]), 3);
-        assert_eq!(news(&[1.0, 1.2].repeat(20)), 1, "too restless to forget the other one");
-        assert_eq!(news(&[1.24, 0.97, 1.2]), 0, "not by more than 4 %");
-        assert_eq!(news(&[1.0; 12]), 0);
-        assert_eq!(news(&[1.5, 1.5, 1.0, 1.0]), 2, "after a while of rest");
-        assert_eq!(news(&[1.5, 1.0, 1.5, 1.0]), 3);
-        assert_eq!(news(&[1.8; 12]), 1, "for good, however restless it was before");
-    }
-
-    #[test]
-    fn the_last_pause_is_known_and_a_callers_is_cut() {
-        let mut tuner = Tuner::new();
-        assert_eq!(tuner.pause_s(), None);
-        tuner.paused(0.03);
-        assert_eq!(tuner.pause_s(), Some(0.03));
-        tuner.forget_uses();
-        assert_eq!(tuner.pause_s(), Some(0.03));
-        tuner.paused_longer(0.05);
-        assert!(tuner.pause_s().is_some_and(|pause_s| (pause_s - 0.08).abs() < 1e-9));
-        tuner.paused_longer(-1.0);
-        assert!(tuner.pause_s().is_some_and(|pause_s| (pause_s - 0.08).abs() < 1e-9));
-        tuner.paused(3600.0);
-        assert_eq!(tuner.pause_s(), Some(MOST_PAUSE_S));
-    }
-
-    #[test]
-    fn less_is_expected_of_a_plan_the_sooner_the_last_ones_were_replaced() {
-        let mut tuner = Tuner::new();
-        let mut horizons = Vec::new();
-        for _ in 0..3 {
-            tuner.paused(0.01);
-            horizons.push(tuner.horizon());
-            tuner.ends(1.0);
-        }
-        assert_eq!(horizons, [10.0, 5.5, 3.25]);
-        for _ in 0..40 {
-            tuner.ends(1.0);
-        }
-        assert!((tuner.horizon() - PASSES).abs() < 1e-9);
-    }
-}
+mod tests;

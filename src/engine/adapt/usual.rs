@@ -40,6 +40,11 @@ pub(super) struct Watched {
 }
 
 impl Watched {
+    /// Whether hardly two of the last times were alike.
+    pub(super) fn is_restless(&self) -> bool {
+        self.unrest > CALM
+    }
+
     /// By what share of the nearest usual time `seconds` is beyond all of them, if by more than
     /// `least`.
     pub(super) fn news(&mut self, seconds: f64, least: f64) -> Option<f64> {
@@ -54,7 +59,7 @@ impl Watched {
         } else {
             self.unrest.saturating_sub(1)
         };
-        if news.is_some() && self.unrest <= CALM {
+        if news.is_some() && !self.is_restless() {
             self.known = 0;
         }
         self.seconds.rotate_right(1);
