@@ -164,56 +164,54 @@ fn what_the_first_block_tells_is_known_within_its_pass() {
     assert!(timed(&run) + 5 >= before + uses, "in the next one all");
 }
 
-/// Mean pass, and plans taken up, where kernels take another time every few passes.
-fn restless(adapt: Adapt) -> (f64, u64) {
-    let calm = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
+const CALM: Truth = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
+
+/// The mean of so many times `some` passes, and plans taken up. Without adapting the plan is the
+/// one for what `some` passes take on average.
+fn restless(
+    adapt: Adapt,
+    seed: u64,
+    times: u32,
+    some: impl Fn(&mut Run, &mut Random) -> f64,
+) -> (f64, u64) {
     let profile = all()[0].profile(2, 150.0, 25e9);
-    let times = with_times(&profile, Truth { kernel_ns: 6_000_000, ..calm });
-    let mut run = Run::new(&times, 8 * GB, adapt);
-    let mut random = Random::new(5);
-    let mut sum = 0.0;
-    for _ in 0..40 {
-        let truth = Truth { kernel_ns: random.between(4_000_000, 9_000_000), ..calm };
-        let passes = u32::try_from(random.between(2, 5)).expect("few");
-        sum += run.mean(passes, truth, &mut exactly);
-    }
+    let known = with_times(&profile, Truth { kernel_ns: 6_000_000, ..CALM });
+    let mut run = Run::new(&known, 8 * GB, adapt);
+    let mut random = Random::new(seed);
+    let sum: f64 = (0..times).map(|_| some(&mut run, &mut random)).sum();
     run.finish();
-    (sum / 40.0, run.engine.stats().counters.adopted)
+    (sum / f64::from(times), run.engine.stats().counters.adopted)
+}
+
+/// A few passes whose kernels take another time than those of before.
+fn few_alike(run: &mut Run, random: &mut Random) -> f64 {
+    let truth = Truth { kernel_ns: random.between(4_000_000, 9_000_000), ..CALM };
+    let passes = u32::try_from(random.between(2, 5)).expect("few");
+    run.mean(passes, truth, &mut exactly)
+}
+
+/// A pass that is not like the one before, nor is the link in one of five.
+fn never_alike(run: &mut Run, random: &mut Random) -> f64 {
+    let kernels = random.between(100, 200);
+    let link = if random.chance(20) { random.between(110, 160) } else { 100 };
+    run.mean(1, CALM, &mut |number, percent| {
+        number * (if percent == 3 { kernels } else { link }) / 100
+    })
 }
 
 #[test]
 fn where_times_change_all_the_time_few_plans_are_taken_up() {
-    let (still, _) = restless(Adapt::Off);
-    let (adapting, adopted) = restless(Adapt::AtOnce);
+    let (still, _) = restless(Adapt::Off, 5, 40, few_alike);
+    let (adapting, adopted) = restless(Adapt::AtOnce, 5, 40, few_alike);
     assert!(adopted <= 15, "{adopted} plans in 40 changes");
     assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
-}
-
-/// Mean pass, and plans taken up, where no pass is like the one before, nor is the link in one of
-/// five.
-fn never_alike(adapt: Adapt, seed: u64) -> (f64, u64) {
-    let calm = Truth { kernel_ns: 4_000_000, double: 18, ns_per_kib: 41 };
-    let profile = all()[0].profile(2, 150.0, 25e9);
-    let times = with_times(&profile, Truth { kernel_ns: 6_000_000, ..calm });
-    let mut run = Run::new(&times, 8 * GB, adapt);
-    let mut random = Random::new(seed);
-    let mut sum = 0.0;
-    for _ in 0..100 {
-        let kernels = random.between(100, 200);
-        let link = if random.chance(20) { random.between(110, 160) } else { 100 };
-        sum += run.mean(1, calm, &mut |number, percent| {
-            number * (if percent == 3 { kernels } else { link }) / 100
-        });
-    }
-    run.finish();
-    (sum / 100.0, run.engine.stats().counters.adopted)
 }
 
 #[test]
 fn where_no_two_passes_are_alike_few_plans_are_taken_up() {
     for seed in [0, 2] {
-        let (still, _) = never_alike(Adapt::Off, seed);
-        let (adapting, adopted) = never_alike(Adapt::AtOnce, seed);
+        let (still, _) = restless(Adapt::Off, seed, 100, never_alike);
+        let (adapting, adopted) = restless(Adapt::AtOnce, seed, 100, never_alike);
         assert!(adopted <= 12, "{adopted} plans in 100 passes");
         assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
     }

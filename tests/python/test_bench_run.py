@@ -237,18 +237,6 @@ def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "found 'magic'" in capsys.readouterr().err
 
 
-def test_only_the_chosen_beds_are_measured(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assert measure(tmp_path, "--beds", "wan-bf16") == 2
-    assert "beds need some of flux-bf16-" in capsys.readouterr().err
-    found = stages_of_runs(monkeypatch)
-    assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16,hunyuan-bf16") == 0
-    assert [stage.bed.key for stage in found] == ["wan-bf16", "hunyuan-bf16"]
-    (ran,) = Results.load(tmp_path / "results.json").value["commands"]
-    assert ran["command"].endswith("--beds wan-bf16,hunyuan-bf16")
-
-
 def stages_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
     """What runs are asked for from now on; none runs."""
     found: list[Stage] = []
@@ -259,6 +247,18 @@ def stages_of_runs(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
 
     monkeypatch.setattr("bench.commands.Run", run_of)
     return found
+
+
+def test_only_the_chosen_beds_are_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert measure(tmp_path, "--beds", "wan-bf16") == 2
+    assert "beds need some of flux-bf16-" in capsys.readouterr().err
+    found = stages_of_runs(monkeypatch)
+    assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16,hunyuan-bf16") == 0
+    assert [stage.bed.key for stage in found] == ["wan-bf16", "hunyuan-bf16"]
+    (ran,) = Results.load(tmp_path / "results.json").value["commands"]
+    assert ran["command"].endswith("--beds wan-bf16,hunyuan-bf16")
 
 
 def test_only_the_chosen_budgets_and_ratios_are_measured(
