@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.results import turns_beside
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -81,11 +83,11 @@ class Judge:
 
     def _turns(self) -> str:
         """What the turns of the resident run and of the link varied by meanwhile."""
-        rounds = (self._ours.get("beside_limit") or {}).get("rounds", [])
-        if not rounds:
+        turns = turns_beside(self._ours)
+        if not turns:
             return ""
-        passes = [1e3 * seconds for turn in rounds for seconds in turn["passes_s"]]
-        rates = [turn["link_bytes_per_s"] / 1e9 for turn in rounds]
+        passes = [1e3 * seconds for turn in turns for seconds in turn["passes_s"]]
+        rates = [turn["link_bytes_per_s"] / 1e9 for turn in turns]
         text = f", the resident run's {min(passes):.1f} to {max(passes):.1f} ms"
         return f"{text}, and the link had {min(rates):.1f} to {max(rates):.1f} GB/s"
 

@@ -6,6 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from bench.compare import load_floors, misses, rivals
+from bench.results import turns_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,11 +31,10 @@ HEAD = (
 TEXT = """`link`: the least and the greatest rate of single turns, each a copy of 1 GiB; one far
 below the other is of an unsteady link. `mean`: all bytes of the turns over all of their seconds;
 limits are of the median turn, which knows little of a link's stalls. `cells`: of dgls_torch, and
-how many were to be run.
-`efficiency`: of those that stream, as `under best`: the most that one is below what no policy
-beats, in points. `peers`: other engines that ran; `times faster`: than the fastest of them that
-kept to the budget and gave the right output, from the worst place to the best. `missed`: floors
-(bench/floors.json) that its cells miss, each named below.
+how many were to be run. `efficiency`: of those that stream, as `under best`: the most that one is
+below what no policy beats, in points. `peers`: other engines that ran; `times faster`: than the
+fastest of them that kept to the budget and gave the right output, from the worst place to the best.
+`missed`: floors (bench/floors.json) that its cells miss, each named below.
 """
 
 
@@ -48,8 +48,8 @@ def _range(values: Iterable[float], form: str) -> str:
 
 def _rates(places: list[Cells]) -> list[float]:
     """GB/s of each turn beside the cells."""
-    limits = [cell.get("beside_limit") or {} for cells in places for cell in cells.values()]
-    return [turn["link_bytes_per_s"] / 1e9 for one in limits for turn in one.get("rounds", [])]
+    turns = (turn for cells in places for cell in cells.values() for turn in turns_beside(cell))
+    return [turn["link_bytes_per_s"] / 1e9 for turn in turns]
 
 
 def _faster(results: Results, cells: Cells) -> float | None:

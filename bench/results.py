@@ -209,3 +209,9 @@ class Results:
             place = (cell["bed"], cell["budget_bytes"], cell["point"])
             places.setdefault(place, {})[cell["engine"]] = cell
         yield from places.items()
+
+
+def turns_beside(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the reference found in each of its turns beside a cell; none where it took none."""
+    limit: dict[str, Any] = cell.get("beside_limit") or {}
+    return list(limit.get("rounds", []))
