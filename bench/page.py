@@ -34,8 +34,9 @@ Made by `python -m bench page` from the results in docs/runs. Efficiency is the 
 the measured time, in percent. The limit of a pass is the larger of compute alone (the resident
 model, measured) and the bytes beyond the budget over the measured rate of page-locked copies. Both
 are measured beside each cell: another process with the resident model takes turns with the engine's
-passes, and engines are compared by what each took of its own limit. Cells without that, as those of
-older runs, have what was measured once for each model. `limit ms` is that of dgls_torch's cell;
+passes, and engines are compared by what each took of its own limit, unless one was 2 % faster than
+that, which cannot be. Cells without such a limit, as those of older runs, have what was measured
+once for each model, and are compared by their times. `limit ms` is that of dgls_torch's cell;
 `ratio` is copy over compute: above 1 the link decides. One engine per process, the same blocks,
 inputs and budget; the output is compared with the resident run's, bit for bit. Times are medians of
 passes that are enqueued without a break. `best` is what no policy beats, whatever it keeps and

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FORMAT = 1
+ABOVE_LIMIT = 1.02
+"""How many times as fast as its limit a cell may be for the limit to count: as in floors.json."""
 
 
 class Results:
@@ -170,12 +172,17 @@ class Results:
         """How many times as long as ``other`` a cell took, at one place.
 
         Where a limit was measured beside each of them, both are taken against their own: what the
-        machine was slower by in one of them is no engine's.
+        machine was slower by in one of them is no engine's. A limit that its cell was faster than
+        was measured wrong, so then their times are compared as they are.
         """
         times = float(cell["pass_s"]) / float(other["pass_s"])
-        if cell.get("beside_limit") and other.get("beside_limit"):
+        if all(each.get("beside_limit") and not self.beats_limit(each) for each in (cell, other)):
             times *= self.limit(other).seconds / self.limit(cell).seconds
         return times
+
+    def beats_limit(self, cell: dict[str, Any]) -> bool:
+        """Whether a measured cell was so much faster than its limit that this must be wrong."""
+        return self.limit(cell).seconds > ABOVE_LIMIT * float(cell["pass_s"])
 
     def rates_beside(self, bed: str) -> tuple[float, float] | None:
         """The least and the greatest rate of the link beside a bed's cells, bytes per second."""

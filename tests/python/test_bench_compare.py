@@ -24,7 +24,7 @@ from bench_results import (
 
 from bench.commands import main
 from bench.compare import compare, misses, notes
-from bench.results import Results
+from bench.results import ABOVE_LIMIT, Results
 from bench.table import losers
 
 if TYPE_CHECKING:
@@ -145,15 +145,33 @@ def test_a_slow_moment_of_the_machine_is_no_defeat() -> None:
     assert losers(results, place) == ["ring"]
 
 
+def test_a_limit_that_was_measured_wrong_compares_nothing() -> None:
+    results = good()
+    ring = results.value["cells"][4]
+    place = dict(results.by_place())[BED, 5 * GIB, "512"]
+    beside(first(results), 0.5)
+    ring["pass_s"] = 1.5
+    beside(ring, 1.52)  # within 2 %, so of 1.52 s and 1.5 s
+    assert results.times(first(results), ring) == pytest.approx(1.55 / 1.5 * 1.52 / 1.5)
+    beside(ring, 1.54)  # the resident model alone cannot have needed longer
+    assert results.times(first(results), ring) == pytest.approx(1.55 / 1.5)
+    assert results.times(ring, first(results)) == pytest.approx(1.5 / 1.55)
+    assert losers(results, place) == ["ring"]
+    assert any("1.033 of the time of ring" in miss for miss in found_in(results))
+
+
+def test_the_one_bound_of_wrong_limits_is_the_floors() -> None:
+    assert FLOORS["above_limit"] == ABOVE_LIMIT
+
+
 def test_a_good_moment_of_the_machine_is_no_victory() -> None:
     results = good()
     ring = results.value["cells"][4]
     beside(first(results), 0.5, 10.1)
-    beside(ring, 0.5, 8.5)
-    # 1.7 s as before, but that was 0.963 of 1.765 s: ours 1.55 s is 0.958 of 1.485 s
+    beside(ring, 0.5, 8.7)
+    # 1.7 s as before, but that was all of 1.724 s: ours 1.55 s is 0.958 of 1.485 s
     (name,) = losers(results, dict(results.by_place())[BED, 5 * GIB, "512"])
     assert name == "ring"
-    beside(ring, 0.5, 8.4)
     assert any("of the time of ring, may be 1.01" in miss for miss in found_in(results))
 
 
