@@ -15,6 +15,7 @@ from bench.account import profile
 from bench.driver_calls import DriverCalls, split, without_changes
 from bench.hook_clock import HookClock
 from bench.host_time import added_host_time
+from bench.needed_calls import driver_time
 from bench.stacks import weight_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +65,12 @@ def details(cell: Cell) -> dict[str, Any]:
     looks: dict[str, Callable[[Cell], dict[str, Any] | None]] = {}
     if cell.job.engine == "dgls":
         # The profiler comes last: it keeps CUPTI, which has one subscriber, for itself.
-        looks = {"hooks": _hooks, "driver_calls": _driver_calls, "beside": _beside}
+        looks = {
+            "hooks": _hooks,
+            "needed": _needed,
+            "driver_calls": _driver_calls,
+            "beside": _beside,
+        }
     looks["account"] = _account
     return {name: _or_reason(look, cell) for name, look in looks.items()}
 
@@ -95,11 +101,20 @@ def _account(cell: Cell) -> dict[str, Any]:
 
 def _hooks(cell: Cell) -> dict[str, Any] | None:
     """The host's time at each call of a block; once in a run, on a GPU."""
+    return added_host_time(cell.job.folder, cell.job.device) if _has_host_time(cell) else None
+
+
+def _needed(cell: Cell) -> dict[str, Any] | None:
+    """What of the host's time is the driver's, whatever streams; where that is measured."""
+    return driver_time(cell.job.folder, cell.job.device) if _has_host_time(cell) else None
+
+
+def _has_host_time(cell: Cell) -> bool:
     is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
     if not (cell.is_on_cuda and is_first and cell.job.hooks):
-        return None
+        return False
     torch.cuda.set_per_process_memory_fraction(1.0, cell.job.device)  # another model for a while
-    return added_host_time(cell.job.folder, cell.job.device)
+    return True
 
 
 def _driver_calls(cell: Cell) -> dict[str, Any] | None:

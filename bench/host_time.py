@@ -4,7 +4,8 @@ Measured with blocks so narrow that the device always waits for the host, but wi
 parameters as FLUX.1's: a streamed stack and a resident one without hooks take turns, and the clock
 is read twice in a pass. No profiler runs, and nothing is in the hooks. The fastest tenth of the
 passes of each is compared: what else a host does adds time and never takes any, and on virtual
-machines the same passes were seen to take twice as long from one second to the next. What the
+machines the same passes were seen to take twice as long from one second to the next. A third
+stack, resident with hooks that do nothing, takes turns with them: what it adds is torch's. What the
 engine's hooks take by themselves is measured afterwards, in passes of their own.
 """
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_NARROW = Workload("flux", scale=1 / 24, depth=0.5, text_tokens=2)
+NARROW = Workload("flux", scale=1 / 24, depth=0.5, text_tokens=2)
 _SHARE = 0.6
 _BLOCKS = 8
-_ROUNDS = 81
+ROUNDS = 81
 _UNTIMED = 10
 """Rounds in which a plan is still being looked for."""
 
@@ -84,7 +85,8 @@ class Ticks:
         return self.seconds
 
 
-def _tenth(seconds: list[float]) -> float:
+def tenth(seconds: list[float]) -> float:
+    """The time that a tenth of them is within."""
     return statistics.quantiles(seconds, n=10)[0]
 
 
@@ -93,37 +95,53 @@ def added_host_time(
 ) -> dict[str, Any]:
     """Seconds added at each call of a block: the mean of a pass, and of each kind of block.
 
-    Double blocks have 24 parameters, single ones 8; FLUX.1 has twice as many of these. `hooks_s` is
-    the mean over all blocks of what the engine's hooks take by themselves.
+    Double blocks have 24 parameters, single ones 8; FLUX.1 has twice as many of these. Means over
+    all blocks: `hooks_s` of what the engine's hooks take by themselves, `idle_hooks_s` of what two
+    hooks that do nothing add.
     """
-    path = weights.make(_NARROW, folder, device)
-    streamed, bare = (weights.load(_NARROW, path) for _ in range(2))
+    path = weights.make(NARROW, folder, device)
+    streamed, bare, idle = stacks = [weights.load(NARROW, path) for _ in range(3)]
     bare.to(device)
+    idle.to(device)
+    for block in idle.order:
+        block.register_forward_pre_hook(_nothing)
+        block.register_forward_hook(_nothing)
     budget = int(_SHARE * weight_bytes(streamed))
     attached = ours.attach(Setup(streamed, budget, device, link_bytes_per_s))
+    firsts = (0, len(bare.order) - _BLOCKS)  # of double blocks, of single ones
     spans = [
-        Span(stack.order[first], stack.order[first + _BLOCKS - 1])
-        for first in (0, len(bare.order) - _BLOCKS)
-        for stack in (streamed, bare)
+        [Span(stack.order[first], stack.order[first + _BLOCKS - 1]) for first in firsts]
+        for stack in stacks
     ]
-    x, c = _NARROW.inputs(_NARROW.least_tokens(), device)
-    for _ in range(_ROUNDS):
-        for stack in (streamed, bare):
+    x, c = NARROW.inputs(NARROW.least_tokens(), device)
+    for _ in range(ROUNDS):
+        for stack in stacks:
             measure.timed(stack, x, c, 1)
-    undisturbed = [_tenth(span.close()[_UNTIMED:]) / _BLOCKS for span in spans]
+    of_streamed, of_bare, of_idle = (
+        [tenth(span.close()[_UNTIMED:]) / _BLOCKS for span in pair] for pair in spans
+    )
     ticks = [Ticks(block) for block in streamed.order]
-    for _ in range(_ROUNDS - _UNTIMED):
+    for _ in range(ROUNDS - _UNTIMED):
         measure.timed(streamed, x, c, 1)
-    hooks_s = statistics.mean(_tenth(each.close()) for each in ticks)
+    hooks_s = statistics.mean(tenth(each.close()) for each in ticks)
     attached.close()
-    weights.remove(_NARROW, folder)
-    double, double_bare, single, single_bare = undisturbed
     doubles = sum(type(block) is type(bare.order[0]) for block in bare.order)
     share = doubles / len(bare.order)
-    added = {"double_call_s": double - double_bare, "single_call_s": single - single_bare}
-    return added | {
-        "call_s": share * added["double_call_s"] + (1 - share) * added["single_call_s"],
-        "double_bare_s": double_bare,
-        "single_bare_s": single_bare,
+
+    def mean(of_kinds: list[float]) -> float:
+        return share * of_kinds[0] + (1 - share) * of_kinds[1]
+
+    weights.remove(NARROW, folder)
+    return {
+        "double_call_s": of_streamed[0] - of_bare[0],
+        "single_call_s": of_streamed[1] - of_bare[1],
+        "call_s": mean(of_streamed) - mean(of_bare),
+        "double_bare_s": of_bare[0],
+        "single_bare_s": of_bare[1],
         "hooks_s": hooks_s,
+        "idle_hooks_s": mean(of_idle) - mean(of_bare),
     }
+
+
+def _nothing(*_: Any) -> None:
+    pass

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 EVEN = 1.01
 """How many times as fast an engine may be without being called faster: as in floors.json."""
 
+_HOST_TIMES = (
+    ("hooks us", "hooks", "call_s"),
+    ("alone", "hooks", "hooks_s"),
+    ("idle", "hooks", "idle_hooks_s"),
+    ("driver", "needed", "driver_s"),
+)
+"""Columns of the host's time at a block call: title, look and key."""
+
 _HEAD = """# Benchmarks
 
 Made by `python -m bench page` from the results in docs/runs. Efficiency is the physical limit over
@@ -60,7 +68,9 @@ each launch up to twice as slow. `torch's gaps`: what torch's allocator held at 
 had of it, beyond the same in the resident run; which segments have room for a small tensor when it
 comes is chance. `hooks us`: what streaming adds to the host's time at each call of a block, of
 narrow blocks whose launches decide, by the span of eight of them; `alone`: what the hooks take by
-themselves (bench/host_time.py).
+themselves (bench/host_time.py). Where it was measured, `idle` is what two hooks add that do
+nothing, and `driver` what the calls take that streaming a block needs, whoever makes them: two
+marks, two waits and one copy (bench/needed_calls.py).
 """
 
 
@@ -148,7 +158,9 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
     head = ("column", "engine", "most over the budget", "of it torch's gaps")
-    rows: list[tuple[str, ...]] = [(*head, "hooks us", "alone", "host CPU ms", "launch us")]
+    times = _HOST_TIMES if _has(results, "needed") else _HOST_TIMES[:2]
+    titles = [title for title, _, _ in times]
+    rows: list[tuple[str, ...]] = [(*head, *titles, "host CPU ms", "launch us")]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
         over = [
@@ -157,9 +169,6 @@ def _memory(results: Results) -> list[str]:
             if (found := overhead_bytes(results, c)) is not None
         ]
         most, gaps = max(over, key=lambda pair: pair[0], default=(None, None))
-        seen = [c["hooks"] for c in cells if "call_s" in (c.get("hooks") or {})]
-        hooks = [found["call_s"] for found in seen]
-        alone = [found["hooks_s"] for found in seen if "hooks_s" in found]
         host = [c["host_cpu_s"] for c in cells]
         launches = [1e6 * c["launch_s"] for c in cells if c.get("launch_s")]
         rows.append(
@@ -168,13 +177,22 @@ def _memory(results: Results) -> list[str]:
                 ENGINES[name].title,
                 "" if most is None else f"{most / 2**20:.0f} MiB",
                 "" if gaps is None else f"{gaps / 2**20:.0f} MiB",
-                f"{1e6 * statistics.median(hooks):.1f}" if hooks else "",
-                f"{1e6 * statistics.median(alone):.1f}" if alone else "",
+                *(_median_us(cells, look, key) for _, look, key in times),
                 f"{1e3 * statistics.median(host):.1f}" if host else "",
                 f"{min(launches):.1f} to {max(launches):.1f}" if launches else "",
             )
         )
     return _markdown(rows)
+
+
+def _has(results: Results, look: str) -> bool:
+    return any(cell.get(look) for cell in results.value["cells"])
+
+
+def _median_us(cells: list[dict[str, Any]], look: str, key: str) -> str:
+    """The median of what cells found when they were looked at; empty where none was."""
+    found = [c[look][key] for c in cells if key in (c.get(look) or {})]
+    return f"{1e6 * statistics.median(found):.1f}" if found else ""
 
 
 def _reasons(results: Results) -> list[str]:

@@ -182,8 +182,9 @@ def test_the_hosts_time_is_taken_of_both_kinds_of_blocks(tmp_path: Path) -> None
     found = added_host_time(tmp_path, torch.device("cpu"), 2e9)
     kinds = ("double", "single")
     of_kinds = {f"{kind}_{what}_s" for kind in kinds for what in ("call", "bare")}
-    assert set(found) == {"call_s", "hooks_s"} | of_kinds
+    assert set(found) == {"call_s", "hooks_s", "idle_hooks_s"} | of_kinds
     assert found["hooks_s"] > 0
+    assert found["idle_hooks_s"] < found["call_s"]
     assert found["double_bare_s"] > 0
     added = sorted(found[f"{kind}_call_s"] for kind in kinds)
     assert added[0] < found["call_s"] < added[1]

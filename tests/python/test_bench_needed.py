@@ -1,0 +1,183 @@
+"""The driver's calls that no engine streams without: which they are, and what of them is counted.
+
+Goal: the part of the host's time that `bench run` calls nobody's to save is of the right calls.
+Method: a driver that writes down what it is asked, the fake driver, and calls that take a set time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import bench_path
+import pytest
+import torch
+from bench_results import first, good
+from torch import nn
+
+from bench.needed_calls import NeededCalls, needed_s
+from bench.page import text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+assert bench_path.ROOT.is_dir()
+COMPUTE, COPIES = 7, 8
+
+
+class Noting:
+    """A driver whose events have numbers and whose calls succeed, but for one."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.events: list[int] = []
+        self._refused = refused
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.seen.append((name, *(getattr(each, "value", each) for each in arguments)))
+            return 700 if name == self._refused else 0
+
+        return call
+
+    def cuEventCreate(self, event: Any, flags: int) -> int:
+        assert flags == 2
+        self.events.append(len(self.events) + 1)
+        event._obj.value = self.events[-1]
+        return 701 if self._refused == "cuEventCreate" else 0
+
+
+def noted(driver: Noting) -> NeededCalls:
+    return NeededCalls(driver, COMPUTE, COPIES, 0x1000, 0x2000)
+
+
+def test_a_block_marks_and_waits_twice_and_copies_once() -> None:
+    driver = Noting()
+    calls = noted(driver)
+    done, before, ready, ready_before = driver.events
+    assert calls.make() >= 0
+    copy = ("cuMemcpyHtoDAsync_v2", 0x1000, 0x2000, 1 << 17, COPIES)
+    assert driver.seen == [
+        ("cuEventRecord", done, COMPUTE),
+        ("cuStreamWaitEvent", COPIES, before, 0),
+        copy,
+        ("cuEventRecord", ready, COPIES),
+        ("cuStreamWaitEvent", COMPUTE, ready_before, 0),
+    ]
+    driver.seen.clear()
+    calls.make()
+    # what is waited for is what was marked at the block before
+    assert driver.seen == [
+        ("cuEventRecord", before, COMPUTE),
+        ("cuStreamWaitEvent", COPIES, done, 0),
+        copy,
+        ("cuEventRecord", ready_before, COPIES),
+        ("cuStreamWaitEvent", COMPUTE, ready, 0),
+    ]
+    driver.seen.clear()
+    calls.close()
+    calls.close()
+    assert sorted(driver.seen) == [("cuEventDestroy_v2", event) for event in driver.events]
+
+
+def test_as_many_calls_do_nothing() -> None:
+    driver = Noting()
+    noted(driver).make_none()
+    assert [name for name, *_ in driver.seen] == ["cuDriverGetVersion"] * 5
+
+
+def test_a_refusal_is_told() -> None:
+    with pytest.raises(RuntimeError, match="cuEventCreate failed with 701"):
+        noted(Noting("cuEventCreate"))
+    with pytest.raises(RuntimeError, match=r"\(0, 0, 700, 0, 0\)"):
+        noted(Noting("cuMemcpyHtoDAsync_v2")).make()
+
+
+@pytest.fixture
+def fake(fake_driver: Path) -> Iterator[Any]:
+    driver = ctypes.PyDLL(str(fake_driver))
+    context = ctypes.c_void_p()
+    assert driver.cuInit(0) == 0
+    assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+    assert driver.cuCtxSetCurrent(context) == 0
+    yield driver
+    assert driver.cuCtxSetCurrent(None) == 0
+    assert driver.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+
+def test_a_driver_takes_them_and_copies(fake: Any) -> None:
+    streams = [ctypes.c_void_p() for _ in range(2)]
+    target, source = ctypes.c_uint64(), ctypes.c_void_p()
+    for stream in streams:
+        assert fake.cuStreamCreate(ctypes.byref(stream), 1) == 0
+    size = ctypes.c_size_t(1 << 17)
+    assert fake.cuMemAlloc_v2(ctypes.byref(target), size) == 0
+    assert fake.cuMemHostAlloc(ctypes.byref(source), size, 0) == 0
+    assert source.value is not None
+    ctypes.memset(source.value, 5, size.value)
+    found = (ctypes.c_uint8 * size.value)()
+    compute, copies = (int(stream.value or 0) for stream in streams)
+    calls = NeededCalls(fake, compute, copies, target.value, source.value)
+    for _ in range(3):
+        assert calls.make() > 0
+        assert calls.make_none() > 0
+    assert [fake.cuStreamSynchronize(stream) for stream in streams] == [0, 0]
+    assert fake.cuMemcpyDtoHAsync_v2(found, target, size, streams[1]) == 0
+    assert fake.cuStreamSynchronize(streams[1]) == 0
+    calls.close()
+    assert set(found) == {5}
+    events = ctypes.c_int64(-1)
+    assert fake.fakecuda_get(b"events", ctypes.byref(events)) == 0
+    assert events.value == 0
+    assert fake.cuMemFree_v2(target) == 0
+    assert fake.cuMemFreeHost(source) == 0
+    assert [fake.cuStreamDestroy_v2(stream) for stream in streams] == [0, 0]
+
+
+class Taking:
+    """Calls that take what they are told to, one after the other."""
+
+    def __init__(self, make: list[float], make_none: list[float]) -> None:
+        self._left = {"make": make, "none": make_none}
+        self.order: list[str] = []
+
+    def _next(self, name: str) -> float:
+        self.order.append(name)
+        return self._left[name].pop(0)
+
+    def make(self) -> float:
+        return self._next("make")
+
+    def make_none(self) -> float:
+        return self._next("none")
+
+
+def test_only_what_the_driver_takes_is_counted_and_in_turns() -> None:
+    block = nn.Identity()
+    taking: Any = Taking([7.0, 9.0, 8.0], [2.0, 2.0, 2.0])
+    found = needed_s(taking, [block], lambda: block(torch.zeros(1)), 3)
+    assert found == pytest.approx(6.4 - 2.0)  # the fastest tenth, as of more than three
+    assert taking.order == ["make", "none"] * 3
+    assert not block._forward_hooks
+
+
+def test_a_pass_that_fails_leaves_no_hook() -> None:
+    block = nn.Identity()
+
+    def fails() -> None:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        needed_s(noted(Noting()), [block], fails, 2)
+    assert not block._forward_hooks
+
+
+def test_the_page_tells_it_where_it_was_measured() -> None:
+    results = good()
+    assert "| alone | host CPU ms |" in text([results], "x.svg")
+    first(results)["hooks"] = {"call_s": 60e-6, "hooks_s": 30e-6, "idle_hooks_s": 9e-6}
+    first(results)["needed"] = {"driver_s": 20.1e-6}
+    page = text([results], "x.svg")
+    assert "| hooks us | alone | idle | driver | host CPU ms |" in page
+    assert "| 30.0 | 9.0 | 20.1 |" in page
