@@ -101,20 +101,28 @@ def _account(cell: Cell) -> dict[str, Any]:
 
 def _hooks(cell: Cell) -> dict[str, Any] | None:
     """The host's time at each call of a block; once in a run, on a GPU."""
-    return added_host_time(cell.job.folder, cell.job.device) if _has_host_time(cell) else None
+    if not _has_host_time(cell):
+        return None
+    _lift_cap(cell)
+    return added_host_time(cell.job.folder, cell.job.device)
 
 
 def _needed(cell: Cell) -> dict[str, Any] | None:
     """What of the host's time is the driver's, whatever streams; where that is measured."""
-    return driver_time(cell.job.folder, cell.job.device) if _has_host_time(cell) else None
+    if not _has_host_time(cell):
+        return None
+    _lift_cap(cell)
+    return driver_time(cell.job.folder, cell.job.device)
 
 
 def _has_host_time(cell: Cell) -> bool:
     is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
-    if not (cell.is_on_cuda and is_first and cell.job.hooks):
-        return False
-    torch.cuda.set_per_process_memory_fraction(1.0, cell.job.device)  # another model for a while
-    return True
+    return cell.is_on_cuda and is_first and cell.job.hooks
+
+
+def _lift_cap(cell: Cell) -> None:
+    """Another model is on the device for a while."""
+    torch.cuda.set_per_process_memory_fraction(1.0, cell.job.device)
 
 
 def _driver_calls(cell: Cell) -> dict[str, Any] | None:
@@ -148,7 +156,7 @@ def _beside(cell: Cell) -> dict[str, Any] | None:
         return None
     job = cell.job
     if cell.is_on_cuda:
-        torch.cuda.set_per_process_memory_fraction(1.0, job.device)  # two models for a while
+        _lift_cap(cell)
     path = weights.make(job.bed.workload, job.folder, job.device)
     other = weights.load(job.bed.workload, path).to(job.device)
     other.pace(max(block.pace_s for block in cell.stack.order))
