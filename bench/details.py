@@ -20,6 +20,7 @@ from bench.stacks import weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -66,8 +67,8 @@ def details(cell: Cell) -> dict[str, Any]:
     if cell.job.engine == "dgls":
         # The profiler comes last: it keeps CUPTI, which has one subscriber, for itself.
         looks = {
-            "hooks": _hooks,
-            "needed": _needed,
+            "hooks": _host_time(added_host_time),
+            "needed": _host_time(driver_time),
             "driver_calls": _driver_calls,
             "beside": _beside,
         }
@@ -99,25 +100,19 @@ def _account(cell: Cell) -> dict[str, Any]:
     return found.to_json() | against
 
 
-def _hooks(cell: Cell) -> dict[str, Any] | None:
-    """The host's time at each call of a block; once in a run, on a GPU."""
-    if not _has_host_time(cell):
-        return None
-    _lift_cap(cell)
-    return added_host_time(cell.job.folder, cell.job.device)
+def _host_time(
+    measured: Callable[[Path, torch.device], dict[str, Any]],
+) -> Callable[[Cell], dict[str, Any] | None]:
+    """The look at a part of the host's time at each call of a block; once in a run, on a GPU."""
 
+    def look(cell: Cell) -> dict[str, Any] | None:
+        is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
+        if not (cell.is_on_cuda and is_first and cell.job.hooks):
+            return None
+        _lift_cap(cell)
+        return measured(cell.job.folder, cell.job.device)
 
-def _needed(cell: Cell) -> dict[str, Any] | None:
-    """What of the host's time is the driver's, whatever streams; where that is measured."""
-    if not _has_host_time(cell):
-        return None
-    _lift_cap(cell)
-    return driver_time(cell.job.folder, cell.job.device)
-
-
-def _has_host_time(cell: Cell) -> bool:
-    is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
-    return cell.is_on_cuda and is_first and cell.job.hooks
+    return look
 
 
 def _lift_cap(cell: Cell) -> None:

@@ -137,9 +137,9 @@ def needed_s(
     Passes with the calls and passes with as many that do nothing take turns, ``rounds`` of each,
     and of each block the fastest tenth is taken.
     """
-    seconds: dict[Any, list[list[float]]] = {}
-    for make in (calls.make, calls.make_none):
-        seconds[make] = [[] for _ in blocks]
+    seconds: dict[Callable[[], float], list[list[float]]] = {
+        make: [[] for _ in blocks] for make in (calls.make, calls.make_none)
+    }
     for _ in range(rounds):
         for make, of_blocks in seconds.items():
             handles = [

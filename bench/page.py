@@ -158,7 +158,8 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
     head = ("column", "engine", "most over the budget", "of it torch's gaps")
-    times = _HOST_TIMES if _has(results, "needed") else _HOST_TIMES[:2]
+    is_new = any(cell.get("needed") for cell in results.value["cells"])
+    times = _HOST_TIMES if is_new else _HOST_TIMES[:2]
     titles = [title for title, _, _ in times]
     rows: list[tuple[str, ...]] = [(*head, *titles, "host CPU ms", "launch us")]
     for name in engines_of(results):
@@ -183,10 +184,6 @@ def _memory(results: Results) -> list[str]:
             )
         )
     return _markdown(rows)
-
-
-def _has(results: Results, look: str) -> bool:
-    return any(cell.get(look) for cell in results.value["cells"])
 
 
 def _median_us(cells: list[dict[str, Any]], look: str, key: str) -> str:

@@ -182,7 +182,8 @@ class Results:
 
     def beats_limit(self, cell: dict[str, Any]) -> bool:
         """Whether a measured cell was so much faster than its limit that this must be wrong."""
-        return self.limit(cell).seconds > ABOVE_LIMIT * float(cell["pass_s"])
+        efficiency = self.efficiency(cell)
+        return efficiency is not None and efficiency > ABOVE_LIMIT
 
     def rates_beside(self, bed: str) -> tuple[float, float] | None:
         """The least and the greatest rate of the link beside a bed's cells, bytes per second."""
