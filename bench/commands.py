@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from bench.plans import Stage
 
 _HOST_LINK = 2e8
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""How torch's allocator is told to work, by its name and the older one."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(options: argparse.Namespace) -> str:
     """The command for the page: what changes results, and no paths."""
-    words = ["python", "-m", "bench", "run", "--plan", options.plan]
+    allocator = {name: os.environ[name] for name in _ALLOCATOR if name in os.environ}
+    words = [f"{name}={value}" for name, value in allocator.items()]
+    words += ["python", "-m", "bench", "run", "--plan", options.plan]
     words += ["--minutes", f"{options.minutes:g}", "--device", options.device]
     words += ["--link", f"{options.link:g}"] if options.device == "cpu" else []
     for name in ("engines", "beds", "shares", "ratios"):

@@ -255,10 +255,23 @@ def test_only_the_chosen_beds_are_measured(
     assert measure(tmp_path, "--beds", "wan-bf16") == 2
     assert "beds need some of flux-bf16-" in capsys.readouterr().err
     found = stages_of_runs(monkeypatch)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16,hunyuan-bf16") == 0
     assert [stage.bed.key for stage in found] == ["wan-bf16", "hunyuan-bf16"]
     (ran,) = Results.load(tmp_path / "results.json").value["commands"]
+    assert ran["command"].startswith("python -m bench run --plan full ")
     assert ran["command"].endswith("--beds wan-bf16,hunyuan-bf16")
+
+
+def test_the_command_tells_how_torch_allocates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stages_of_runs(monkeypatch)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert measure(tmp_path, "--plan", "full", "--beds", "wan-bf16") == 0
+    (ran,) = Results.load(tmp_path / "results.json").value["commands"]
+    assert ran["command"].startswith("PYTORCH_ALLOC_CONF=expandable_segments:True python -m bench")
 
 
 def test_only_the_chosen_budgets_and_ratios_are_measured(
