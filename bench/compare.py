@@ -158,17 +158,11 @@ class Judge:
             yield f"the host's time in hooks was not measured: {hooks.get('failed')}"
         elif 1e6 * found > most:
             spent = f"{1e6 * found:.1f} us of hooks for each block call, may be {most}"
-            yield spent + self._needed(hooks)
-
-    def _needed(self, hooks: dict[str, Any]) -> str:
-        """What of the host's time no engine with hooks could save, where it was measured."""
-        needed = self._ours.get("needed")
-        if needed is None:
-            return ""  # as in older runs
-        if "driver_s" not in needed:
-            return f"; the driver's calls were not measured: {needed.get('failed')}"
-        idle, driver = 1e6 * hooks["idle_hooks_s"], 1e6 * needed["driver_s"]
-        return f"; hooks that do nothing add {idle:.1f}, the calls of the driver {driver:.1f}"
+            if "needed_s" in hooks:  # what no engine with hooks could save
+                idle, needed = 1e6 * hooks["idle_hooks_s"], 1e6 * hooks["needed_s"]
+                spent += f"; hooks that do nothing add {idle:.1f}, with the driver's calls that "
+                spent += f"streaming a block needs {needed:.1f}"
+            yield spent
 
     def _driver_calls(self, most: int) -> Iterator[str]:
         found = self._ours.get("driver_calls")

@@ -15,12 +15,11 @@ from bench.account import profile
 from bench.driver_calls import DriverCalls, split, without_changes
 from bench.hook_clock import HookClock
 from bench.host_time import added_host_time
-from bench.needed_calls import driver_time
+from bench.needed_calls import NeededCalls
 from bench.stacks import weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -67,8 +66,7 @@ def details(cell: Cell) -> dict[str, Any]:
     if cell.job.engine == "dgls":
         # The profiler comes last: it keeps CUPTI, which has one subscriber, for itself.
         looks = {
-            "hooks": _host_time(added_host_time),
-            "needed": _host_time(driver_time),
+            "hooks": _hooks,
             "driver_calls": _driver_calls,
             "beside": _beside,
         }
@@ -100,19 +98,18 @@ def _account(cell: Cell) -> dict[str, Any]:
     return found.to_json() | against
 
 
-def _host_time(
-    measured: Callable[[Path, torch.device], dict[str, Any]],
-) -> Callable[[Cell], dict[str, Any] | None]:
-    """The look at a part of the host's time at each call of a block; once in a run, on a GPU."""
-
-    def look(cell: Cell) -> dict[str, Any] | None:
-        is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
-        if not (cell.is_on_cuda and is_first and cell.job.hooks):
-            return None
-        _lift_cap(cell)
-        return measured(cell.job.folder, cell.job.device)
-
-    return look
+def _hooks(cell: Cell) -> dict[str, Any] | None:
+    """What hooks add to the host's time at each call of a block; once in a run, on a GPU."""
+    is_first = cell.is_first and cell.budget_bytes == cell.job.cells[0][0]
+    if not (cell.is_on_cuda and is_first and cell.job.hooks):
+        return None
+    _lift_cap(cell)
+    calls = NeededCalls.of(cell.job.device)
+    try:
+        return added_host_time(cell.job.folder, cell.job.device, calls=calls)
+    finally:
+        measure.wait(cell.job.device)
+        calls.close()
 
 
 def _lift_cap(cell: Cell) -> None:

@@ -29,12 +29,12 @@ EVEN = 1.01
 """How many times as fast an engine may be without being called faster: as in floors.json."""
 
 _HOST_TIMES = (
-    ("hooks us", "hooks", "call_s"),
-    ("alone", "hooks", "hooks_s"),
-    ("idle", "hooks", "idle_hooks_s"),
-    ("driver", "needed", "driver_s"),
+    ("hooks us", "call_s"),
+    ("alone", "hooks_s"),
+    ("idle", "idle_hooks_s"),
+    ("needed", "needed_s"),
 )
-"""Columns of the host's time at a block call: title, look and key."""
+"""Columns of the host's time at a block call: title and key."""
 
 _HEAD = """# Benchmarks
 
@@ -69,8 +69,8 @@ had of it, beyond the same in the resident run; which segments have room for a s
 comes is chance. `hooks us`: what streaming adds to the host's time at each call of a block, of
 narrow blocks whose launches decide, by the span of eight of them; `alone`: what the hooks take by
 themselves (bench/host_time.py). Where it was measured, `idle` is what two hooks add that do
-nothing, and `driver` what the calls take that streaming a block needs, whoever makes them: two
-marks, two waits and one copy (bench/needed_calls.py).
+nothing, and `needed` what two hooks add that only make the driver's calls that streaming a block
+needs, whoever makes them: two marks, two waits and one copy (bench/needed_calls.py).
 """
 
 
@@ -158,9 +158,9 @@ def _is_host_bound(cell: dict[str, Any] | None) -> bool:
 def _memory(results: Results) -> list[str]:
     """The most bytes over the budget of each engine, as the driver sees it."""
     head = ("column", "engine", "most over the budget", "of it torch's gaps")
-    is_new = any(cell.get("needed") for cell in results.value["cells"])
-    times = _HOST_TIMES if is_new else _HOST_TIMES[:2]
-    titles = [title for title, _, _ in times]
+    hooks = [cell["hooks"] for cell in results.value["cells"] if cell.get("hooks")]
+    times = [one for i, one in enumerate(_HOST_TIMES) if i < 2 or any(one[1] in h for h in hooks)]
+    titles = [title for title, _ in times]
     rows: list[tuple[str, ...]] = [(*head, *titles, "host CPU ms", "launch us")]
     for name in engines_of(results):
         cells = [c for c in results.value["cells"] if c["engine"] == name and c["status"] == "ok"]
@@ -178,7 +178,7 @@ def _memory(results: Results) -> list[str]:
                 ENGINES[name].title,
                 "" if most is None else f"{most / 2**20:.0f} MiB",
                 "" if gaps is None else f"{gaps / 2**20:.0f} MiB",
-                *(_median_us(cells, look, key) for _, look, key in times),
+                *(_median_us(cells, key) for _, key in times),
                 f"{1e3 * statistics.median(host):.1f}" if host else "",
                 f"{min(launches):.1f} to {max(launches):.1f}" if launches else "",
             )
@@ -186,9 +186,9 @@ def _memory(results: Results) -> list[str]:
     return _markdown(rows)
 
 
-def _median_us(cells: list[dict[str, Any]], look: str, key: str) -> str:
-    """The median of what cells found when they were looked at; empty where none was."""
-    found = [c[look][key] for c in cells if key in (c.get(look) or {})]
+def _median_us(cells: list[dict[str, Any]], key: str) -> str:
+    """The median of the host's time that cells found; empty where none was looked at."""
+    found = [c["hooks"][key] for c in cells if key in (c.get("hooks") or {})]
     return f"{1e6 * statistics.median(found):.1f}" if found else ""
 
 
