@@ -89,7 +89,8 @@ class Engine:
             ram_bytes=host.copies_bytes,
             page_cache_bytes=host.page_cache_bytes,
             staging_bytes=host.staging_bytes,
-            trace_uses=config.trace_passes * len(order),
+            # One more than is asked for: while a pass is timed, the oldest is no whole one.
+            trace_uses=(config.trace_passes + 1) * len(order) if config.trace_passes else 0,
             copy_bytes_per_s=int(config.copy_bytes_per_s or 0),
             poison=config.poison,
             adapt=config.adapt,
@@ -354,14 +355,15 @@ class Engine:
 
     def _timeline(self) -> list[Use]:
         flat = _ops.trace(self.number)
+        records = [flat[at : at + _RECORD] for at in range(0, len(flat), _RECORD)]
         in_pass = max(1, len(_ops.order(self.number)))
-        uses = []
-        for at in range(0, len(flat), _RECORD):
-            number, block, size, stretch, *times = flat[at : at + _RECORD]
-            seconds = [time * 1e-9 for time in times]
-            name = self._layout.names[block]
-            uses.append(Use(number // in_pass, name, size, stretch, *seconds))
-        return uses
+        oldest = records[0][0] // in_pass if records else 0
+        if records and records[0][0] % in_pass and records[-1][0] // in_pass > oldest:
+            records = [record for record in records if record[0] // in_pass > oldest]
+        return [
+            Use(number // in_pass, self._layout.names[block], *sizes, *(t * 1e-9 for t in times))
+            for (number, block, *sizes), times in ((r[:4], r[4:]) for r in records)
+        ]
 
 
 def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import groupby
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from dgls_torch.units import format_bytes, format_rate, format_seconds
@@ -192,7 +193,7 @@ class Report:
         host: Where on the host the weights come from.
         verified_bytes: Bytes compared with their host source after they had arrived;
             ``mismatches``: uses of blocks in which they were other ones. 0 without ``verify``.
-        timeline: The timed uses, oldest first.
+        timeline: The timed uses, oldest first, from the beginning of a pass on.
         last_errors: What the last errors said, oldest first; no paths.
         config: What the stream was told.
     """
@@ -217,29 +218,32 @@ class Report:
     last_errors: tuple[str, ...]
     config: StreamConfig
 
-    def _steady(self) -> list[list[Use]]:
-        """The timed passes that have a timed successor, without the first."""
+    def _steady(self) -> list[tuple[list[Use], float]]:
+        """The timed passes that have a timed successor, without the first; when that began."""
         by_pass = {n: list(g) for n, g in groupby(self.timeline, key=lambda u: u.pass_number)}
-        return [uses for n, uses in by_pass.items() if n > 0 and n + 1 in by_pass]
-
-    def _starts(self) -> dict[int, float]:
-        starts: dict[int, float] = {}
-        for use in self.timeline:
-            starts.setdefault(use.pass_number, use.wait_s)
-        return starts
+        return [
+            (uses, by_pass[n + 1][0].wait_s)
+            for n, uses in by_pass.items()
+            if n > 0 and n + 1 in by_pass
+        ]
 
     @property
     def pass_s(self) -> float | None:
-        """Mean seconds of a pass, from the first block to the first block of the next."""
-        starts = self._starts()
-        spans = [starts[n + 1] - starts[n] for n in starts if n > 0 and n + 1 in starts]
-        return sum(spans) / len(spans) if spans else None
+        """Mean seconds of a pass, from the first block to the first block of the next.
+
+        What lies between two passes is the caller's, who may rest there: of that the median.
+        """
+        passes = self._steady()
+        if not passes:
+            return None
+        within = sum(uses[-1].end_s - uses[0].wait_s for uses, _ in passes) / len(passes)
+        return within + median_low(next_s - uses[-1].end_s for uses, next_s in passes)
 
     @property
     def stall_s(self) -> float | None:
         """Mean seconds of a pass in which the compute stream waited for weights."""
         passes = self._steady()
-        return sum(u.stall_s for p in passes for u in p) / len(passes) if passes else None
+        return sum(u.stall_s for p, _ in passes for u in p) / len(passes) if passes else None
 
     @property
     def h2d_bytes(self) -> int:
@@ -249,7 +253,7 @@ class Report:
     @property
     def h2d_bytes_per_s(self) -> float | None:
         """Rate of the copies while they were under way; ``None`` when nothing is streamed."""
-        uses = [u for p in self._steady() for u in p]
+        uses = [u for p, _ in self._steady() for u in p]
         timed = [u for u in uses if u.stretch_bytes and u.copy_end_s > u.copy_start_s]
         # A stretch begins when what was enqueued before it has ended, and nothing waits within.
         busy = sum(use.copy_end_s - use.copy_start_s for use in timed)

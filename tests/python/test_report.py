@@ -1,0 +1,103 @@
+"""What a report makes of the times of single uses.
+
+Goal: the time of a pass, the stalls and the efficiency are of the model, not of what a caller does
+between two passes, and of whole passes alone.
+Method: reports of made-up times, and a real stream whose pass is left half way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+import dgls_torch
+from dgls_torch.report import Use
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dgls_torch import Report
+
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def a_report() -> Report:
+    return streamed()[1].report()
+
+
+def streamed(**options: int) -> tuple[nn.Module, dgls_torch.Stream]:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(BLOCKS)))
+    blocks = [str(i) for i in range(BLOCKS)]
+    return model, dgls_torch.stream(model, vram="40kB", blocks=blocks, device="cpu", **options)
+
+
+def of(report: Report, begins: Sequence[float], numbers: Sequence[int]) -> Report:
+    """A report of passes that begin then: blocks of 1 s, one stalled for 0.5 s, 4.5 s in all."""
+    uses = []
+    for begin, number in zip(begins, numbers, strict=True):
+        now = begin
+        for block in range(BLOCKS):
+            stall = 0.5 if block == 2 else 0.0
+            copied = (now, now + 0.25)
+            times = (now, now + stall, now + stall + 1.0)
+            uses.append(Use(number, str(block), 100_000, 100_000, *copied, *times))
+            now = times[-1]
+    return replace(report, timeline=tuple(uses))
+
+
+def test_a_pause_between_two_passes_is_not_in_the_time_of_a_pass(a_report: Report) -> None:
+    # 0.1 s between passes, and a minute after the third, in which the caller rested
+    report = of(a_report, [0.0, 4.6, 9.2, 73.7, 78.3], [0, 1, 2, 3, 4])
+    assert report.pass_s == pytest.approx(4.6)
+    assert report.stall_s == pytest.approx(0.5)
+    assert report.bound_s == pytest.approx(4.1)
+    assert report.efficiency == pytest.approx(4.1 / 4.6)
+    # also where only one other pass is known
+    report = of(a_report, [0.0, 4.6, 69.1, 73.7], [0, 1, 2, 3])
+    assert report.pass_s == pytest.approx(4.6)
+
+
+def test_what_always_lies_between_passes_is_in_it(a_report: Report) -> None:
+    report = of(a_report, [0.0, 6.5, 13.0, 19.5], [0, 1, 2, 3])
+    assert report.pass_s == pytest.approx(6.5)
+
+
+def test_the_first_pass_and_those_without_a_successor_do_not_count(a_report: Report) -> None:
+    assert of(a_report, [0.0, 5.0], [0, 1]).pass_s is None
+    assert of(a_report, [0.0, 5.0], [0, 1]).efficiency is None
+    assert of(a_report, [0.0, 50.0, 55.0], [0, 8, 9]).pass_s == pytest.approx(5.0)
+    assert of(a_report, [], []).stall_s is None
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_the_timeline_begins_with_a_whole_pass(kept: int) -> None:
+    model, stream = streamed(trace_passes=kept)
+    x = torch.zeros(1, 64)
+    with stream, torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        model[1](model[0](x))
+        timeline = stream.report().timeline
+    numbers = [use.pass_number for use in timeline]
+    assert numbers == sorted(numbers)
+    assert [numbers.count(n) for n in sorted(set(numbers))] == [BLOCKS] * kept + [2]
+
+
+def test_a_pass_alone_is_shown_from_where_it_began() -> None:
+    model, stream = streamed(trace_passes=1)
+    with stream, torch.inference_mode():
+        model[1](torch.zeros(1, 64))  # out of turn
+        assert [use.block for use in stream.report().timeline] == ["1"]
+
+
+def test_nothing_is_kept_where_nothing_is_asked_for() -> None:
+    model, stream = streamed(trace_passes=0)
+    with stream, torch.inference_mode():
+        for _ in range(3):
+            model(torch.zeros(1, 64))
+        assert stream.report().timeline == ()
