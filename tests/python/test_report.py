@@ -36,15 +36,20 @@ def streamed(**options: int) -> tuple[nn.Module, dgls_torch.Stream]:
     return model, dgls_torch.stream(model, vram="40kB", blocks=blocks, device="cpu", **options)
 
 
-def of(report: Report, begins: Sequence[float], numbers: Sequence[int]) -> Report:
-    """A report of passes that begin then: blocks of 1 s, one stalled for 0.5 s, 4.5 s in all."""
+def of(
+    report: Report, begins: Sequence[float], numbers: Sequence[int], scales: Sequence[float] = ()
+) -> Report:
+    """A report of passes that begin then: blocks of 1 s, one stalled for 0.5 s, 4.5 s in all.
+
+    Each pass takes ``scales`` times as long.
+    """
     uses = []
-    for begin, number in zip(begins, numbers, strict=True):
+    for begin, number, scale in zip(begins, numbers, scales or [1.0] * len(begins), strict=True):
         now = begin
         for block in range(BLOCKS):
-            stall = 0.5 if block == 2 else 0.0
+            stall = scale * 0.5 if block == 2 else 0.0
             copied = (now, now + 0.25)
-            times = (now, now + stall, now + stall + 1.0)
+            times = (now, now + stall, now + stall + scale)
             uses.append(Use(number, str(block), 100_000, 100_000, *copied, *times))
             now = times[-1]
     return replace(report, timeline=tuple(uses))
@@ -72,6 +77,22 @@ def test_the_first_pass_and_those_without_a_successor_do_not_count(a_report: Rep
     assert of(a_report, [0.0, 5.0], [0, 1]).efficiency is None
     assert of(a_report, [0.0, 50.0, 55.0], [0, 8, 9]).pass_s == pytest.approx(5.0)
     assert of(a_report, [], []).stall_s is None
+
+
+def test_passes_of_other_work_before_do_not_count(a_report: Report) -> None:
+    numbers = [8, 9, 16, 17, 20, 21, 22]
+    begins = [0.0, 5.0, 50.0, 55.0, 100.0, 110.0, 120.0]
+    report = of(a_report, begins, numbers, [1.0] * 4 + [2.0] * 3)
+    assert report.pass_s == pytest.approx(10.0)
+    assert report.stall_s == pytest.approx(1.0)
+    report = of(a_report, begins, numbers, [2.0] * 4 + [1.0, 1.1, 1.0])
+    assert report.stall_s == pytest.approx(0.525)
+
+
+def test_a_slow_pass_alone_is_not_taken_for_other_work(a_report: Report) -> None:
+    numbers, begins = [8, 9, 16, 17, 24, 25], [0.0, 10.0, 50.0, 60.0, 100.0, 110.0]
+    report = of(a_report, begins, numbers, [1.0, 1.0, 1.0, 1.0, 2.0, 1.0])
+    assert report.stall_s == pytest.approx((0.5 + 0.5 + 1.0) / 3)
 
 
 @pytest.mark.parametrize("kept", [1, 2])

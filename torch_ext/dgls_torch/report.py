@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import groupby
+from itertools import groupby, takewhile
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dgls_torch.config import StreamConfig
+
+_ALIKE = 1.15
+"""How many times as long passes of the same work take at most; the engine too sees news beyond."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,10 @@ class HostUse:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured. Times are of the timed passes after the first, which fills the residents.
+    """What was measured.
+
+    Times are of the last timed passes that took about as long, after the first one of a plan, which
+    fills the residents. Where nothing is streamed only the first few passes of a plan are timed.
 
     Attributes:
         plan: The plan in force.
@@ -219,13 +225,21 @@ class Report:
     config: StreamConfig
 
     def _steady(self) -> list[tuple[list[Use], float]]:
-        """The timed passes that have a timed successor, without the first; when that began."""
+        """The timed passes that have a timed successor, without the first; when that began.
+
+        Only the last ones that took about as long: before another resolution passes were others.
+        """
         by_pass = {n: list(g) for n, g in groupby(self.timeline, key=lambda u: u.pass_number)}
-        return [
+        passes = [
             (uses, by_pass[n + 1][0].wait_s)
             for n, uses in by_pass.items()
             if n > 0 and n + 1 in by_pass
         ]
+        spans = [_inside_s(uses) for uses, _ in passes]
+        # One pass alone may have met a moment in which the machine was slow.
+        least, most = min(spans[-2:], default=0.0) / _ALIKE, max(spans[-2:], default=0.0) * _ALIKE
+        alike = takewhile(lambda span: least <= span <= most, reversed(spans))
+        return passes[len(passes) - sum(1 for _ in alike) :]
 
     @property
     def pass_s(self) -> float | None:
@@ -236,8 +250,8 @@ class Report:
         passes = self._steady()
         if not passes:
             return None
-        within = sum(uses[-1].end_s - uses[0].wait_s for uses, _ in passes) / len(passes)
-        return within + median_low(next_s - uses[-1].end_s for uses, next_s in passes)
+        inside = sum(_inside_s(uses) for uses, _ in passes) / len(passes)
+        return inside + median_low(next_s - uses[-1].end_s for uses, next_s in passes)
 
     @property
     def stall_s(self) -> float | None:
@@ -334,6 +348,11 @@ class Report:
         if self.errors:
             rows.append(("device errors", f"{self.errors}"))
         return "\n".join(["measured", *table(rows)])
+
+
+def _inside_s(uses: list[Use]) -> float:
+    """Seconds from the arrival at the first use of a pass to the end of its last."""
+    return uses[-1].end_s - uses[0].wait_s
 
 
 def _span(sizes: list[int]) -> str:
