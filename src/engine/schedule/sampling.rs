@@ -36,13 +36,17 @@ impl Schedule {
     }
 
     /// Whether all uses of the pass of use `number` are timed. Reading the times of a use costs as
-    /// much as four launches of a kernel. Where nothing is streamed there is little to learn.
+    /// much as four launches of a kernel. Where nothing is streamed there is little to learn, so
+    /// later passes are timed for a report alone, and seldom.
     pub fn is_sampled(&self, number: u64) -> bool {
         let pass = number / self.uses_of_pass();
         let wanted = self.options.timing || self.options.adapt != Adapt::Off;
-        let again = pass % (if pass < EARLY { 8 } else { EARLY }) < 2;
-        let again = again || self.sampled.contains(&pass);
-        wanted && (pass < 4 || (again && !self.program.copies.is_empty()))
+        let again = if self.program.copies.is_empty() {
+            self.options.timing && pass % EARLY < AFTER_NEWS
+        } else {
+            pass % (if pass < EARLY { 8 } else { EARLY }) < 2 || self.sampled.contains(&pass)
+        };
+        wanted && (pass < 4 || again)
     }
 
     /// Something changed: the next passes are timed, from the first on of which nothing has begun.
@@ -59,5 +63,44 @@ impl Schedule {
             self.sampled_before = Some(next.min(self.sampled.start));
         }
         self.sampled = begin..begin + AFTER_NEWS;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::engine::Options;
+    use crate::plan::{Profile, Tensor, plan};
+
+    const BLOCKS: u64 = 8;
+
+    /// Which of the first hundred passes are timed, within `budget` MiB of eight.
+    fn sampled(budget: u64, timing: bool, adapt: Adapt) -> Vec<u64> {
+        let tensors = (0..8).map(|block| Tensor { block, bytes: 1 << 20 }).collect();
+        let profile = Profile { tensors, order: (0..8).collect(), ..Profile::default() };
+        let program = Arc::new(plan(&profile, budget << 20).expect("feasible").program);
+        let options = Options { timing, adapt, ..Options::default() };
+        let mut schedule = Schedule::new(program, options, &[]);
+        schedule.sample(true); // of the next passes, which are timed as it is
+        (0..100).filter(|pass| schedule.is_sampled(pass * BLOCKS)).collect()
+    }
+
+    #[test]
+    fn passes_are_timed_often_at_first_and_seldom_later() {
+        let often = [0, 1, 2, 3, 8, 9, 16, 17, 24, 25, 32, 33, 64, 65, 96, 97];
+        assert_eq!(sampled(4, true, Adapt::Beside), often);
+        assert_eq!(sampled(4, false, Adapt::Beside), often);
+        assert_eq!(sampled(4, true, Adapt::Off), often);
+        assert_eq!(sampled(4, false, Adapt::Off), [0; 0]);
+    }
+
+    #[test]
+    fn where_nothing_is_streamed_few_are_timed_and_only_for_a_report() {
+        let few = [0, 1, 2, 3, 32, 33, 34, 64, 65, 66, 96, 97, 98];
+        assert_eq!(sampled(8, true, Adapt::Beside), few);
+        assert_eq!(sampled(8, true, Adapt::Off), few);
+        assert_eq!(sampled(8, false, Adapt::Beside), [0, 1, 2, 3]);
     }
 }
