@@ -95,6 +95,20 @@ def test_a_slow_pass_alone_is_not_taken_for_other_work(a_report: Report) -> None
     assert report.stall_s == pytest.approx((0.5 + 0.5 + 1.0) / 3)
 
 
+def test_passes_that_followed_each_other_are_shown(a_report: Report) -> None:
+    def shown(begins: Sequence[float], numbers: Sequence[int]) -> list[int]:
+        return sorted({use.pass_number for use in of(a_report, begins, numbers).last_passes()})
+
+    assert shown([0.0, 5.0, 10.0, 15.0], [0, 1, 2, 3]) == [2, 3]
+    # the 25th pass is the last one: passes 18 to 23 were not timed
+    assert shown([0.0, 5.0, 40.0, 45.0, 80.0], [8, 9, 16, 17, 24]) == [16, 17]
+    # the caller rested a minute after the 17th
+    assert shown([0.0, 5.0, 40.0, 105.0, 140.0], [8, 9, 16, 17, 24]) == [8, 9]
+    assert shown([0.0, 65.0], [8, 9]) == [9]
+    assert shown([0.0], [0]) == [0]
+    assert shown([], []) == []
+
+
 @pytest.mark.parametrize("kept", [1, 2])
 def test_the_timeline_begins_with_a_whole_pass(kept: int) -> None:
     model, stream = streamed(trace_passes=kept)

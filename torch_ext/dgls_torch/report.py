@@ -299,6 +299,19 @@ class Report:
             return None
         return "copy" if bound_s > pass_s - stall_s else "compute"
 
+    def last_passes(self) -> list[Use]:
+        """The uses of the last two timed passes between which nobody rested, to be shown.
+
+        Of the last one alone where there are none such.
+        """
+        shown = {use.pass_number for use in self.timeline[-1:]}
+        for uses, next_s in reversed(self._steady()):
+            if next_s - uses[-1].end_s < _inside_s(uses):
+                number = uses[0].pass_number
+                shown = {number, number + 1}
+                break
+        return [use for use in self.timeline if use.pass_number in shown]
+
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the last timed passes: copies and compute of each block (SVG, PNG or PDF).
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgls_torch.report import Report, Use
 
-_PASSES_SHOWN = 2
 _COPY, _COMPUTE, _STALL = "#4c72b0", "#55a868", "#c44e52"
 
 
@@ -26,8 +25,7 @@ def plot(report: Report, path: str | os.PathLike[str]) -> None:
         raise ImportError(
             "the timeline needs matplotlib; install it with pip install dgls_torch[plot]"
         ) from error
-    passes = sorted({use.pass_number for use in report.timeline})[-_PASSES_SHOWN:]
-    uses = [use for use in report.timeline if use.pass_number in passes]
+    uses = report.last_passes()
     if not uses:
         raise ValueError("there is no timeline yet: run the model first, with trace_passes above 0")
     figure: Any = Figure(figsize=(14, 3.2), layout="constrained")

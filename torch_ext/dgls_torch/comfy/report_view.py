@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from dgls_torch import Plan, Report
     from dgls_torch.comfy.residency import Residency
 
-_PASSES_SHOWN = 2
 _MOST_USES = 400
 
 
@@ -73,8 +72,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 def _timeline(report: Report) -> list[list[Any]]:
     """The uses of the last passes: block, pass, bytes, then copy, wait, start and end times."""
-    passes = sorted({use.pass_number for use in report.timeline})[-_PASSES_SHOWN:]
-    uses = [use for use in report.timeline if use.pass_number in passes][-_MOST_USES:]
+    uses = report.last_passes()[-_MOST_USES:]
     if not uses:
         return []
     origin = min(use.wait_s for use in uses)
