@@ -75,8 +75,8 @@ impl Command {
 pub struct Options {
     /// Fill the streamed bytes of a use with 0xFF when it is over.
     pub poison: bool,
-    /// Mark times: in the first four passes, then in two of eight, later in two of 32; where nothing
-    /// is streamed in three of 32.
+    /// Mark times: in the first four passes, then in two of eight, later in two of 32; where
+    /// nothing is streamed in three of 32.
     pub timing: bool,
     /// Look for better plans, with the times of those passes and of others where times changed.
     pub adapt: Adapt,
