@@ -357,13 +357,13 @@ class Engine:
         flat = _ops.trace(self.number)
         records = [flat[at : at + _RECORD] for at in range(0, len(flat), _RECORD)]
         in_pass = max(1, len(_ops.order(self.number)))
-        oldest = records[0][0] // in_pass if records else 0
-        if records and records[0][0] % in_pass and records[-1][0] // in_pass > oldest:
-            records = [record for record in records if record[0] // in_pass > oldest]
-        return [
-            Use(number // in_pass, self._layout.names[block], *sizes, *(t * 1e-9 for t in times))
-            for (number, block, *sizes), times in ((r[:4], r[4:]) for r in records)
-        ]
+        # From the first number on that is the first of a pass.
+        whole = [r for r in records if r[0] >= -(-flat[0] // in_pass) * in_pass]
+        uses = []
+        for number, block, size, stretch, *times in whole or records:
+            seconds = [time * 1e-9 for time in times]
+            uses.append(Use(number // in_pass, self._layout.names[block], size, stretch, *seconds))
+        return uses
 
 
 def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:

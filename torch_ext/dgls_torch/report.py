@@ -237,11 +237,13 @@ class Report:
             for n, uses in by_pass.items()
             if n > 0 and n + 1 in by_pass
         ]
-        spans = [_inside_s(uses) for uses, _ in passes]
-        # One pass alone may have met a moment in which the machine was slow.
-        least, most = min(spans[-2:], default=0.0) / _ALIKE, max(spans[-2:], default=0.0) * _ALIKE
-        alike = takewhile(lambda span: least <= span <= most, reversed(spans))
-        return passes[len(passes) - sum(1 for _ in alike) :]
+        # Of the last two: one alone may have met a moment in which the machine was slow.
+        spans = [_inside_s(uses) for uses, _ in passes[-2:]]
+        alike = takewhile(
+            lambda each: min(spans) / _ALIKE <= _inside_s(each[0]) <= max(spans) * _ALIKE,
+            reversed(passes),
+        )
+        return list(alike)[::-1]
 
     @property
     def pass_s(self) -> float | None:
@@ -300,10 +302,7 @@ class Report:
         return "copy" if bound_s > pass_s - stall_s else "compute"
 
     def last_passes(self) -> list[Use]:
-        """The uses of the last two timed passes between which nobody rested, to be shown.
-
-        Of the last one alone where there are none such.
-        """
+        """The uses of the last two timed passes that nobody rested between; else of the last."""
         shown = {use.pass_number for use in self.timeline[-1:]}
         for uses, next_s in reversed(self._steady()):
             if next_s - uses[-1].end_s < _inside_s(uses):
