@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any
 from bench import measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
     import torch
 
     from bench.cells import Point
@@ -134,7 +131,6 @@ class Turns:
         point: Point,
         effort: Effort,
         compute_s: float,
-        paused: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Asks nothing yet.
 
@@ -143,9 +139,8 @@ class Turns:
             point: What the cell computes.
             effort: How many passes a turn has, timed and before those.
             compute_s: What one took before, 0 where not known.
-            paused: Keeps off the link what else runs in this process.
         """
-        self._beside, self._paused = beside, paused
+        self._beside = beside
         lead, passes = effort.passes_of_lead(compute_s), effort.beside
         self._question = {"point": dataclasses.asdict(point), "lead": lead, "passes": passes}
         self._patience_s = _PATIENCE_S + _TIMES * (lead + passes + 1) * compute_s
@@ -162,8 +157,7 @@ class Turns:
         if not self.are_on:
             return
         try:
-            with self._paused():
-                self._rounds.append(self._beside.ask(self._question, self._patience_s))
+            self._rounds.append(self._beside.ask(self._question, self._patience_s))
         except (OSError, ValueError) as error:
             self._failed = self._beside.failed or str(error)
 

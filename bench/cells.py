@@ -20,18 +20,22 @@ class Bed:
     """A model on a link; its points and budgets share one set of weights."""
 
     workload: Workload
-    eaters: int = 0
-    """Other readers that eat bandwidth, so that a slower link is represented."""
+    copiers: int = 0
+    """Other processes that copy, so that a slower link is represented."""
 
     @property
     def key(self) -> str:
         """Names it in results."""
-        return self.workload.key + (f"+{self.eaters}" if self.eaters else "")
+        return self.workload.key + (f"+{self.copiers}" if self.copiers else "")
 
     def title(self) -> str:
         """Names it for people."""
-        busy = f", {self.eaters} other readers on the link" if self.eaters else ""
-        return self.workload.title() + busy
+        if not self.copiers:
+            return self.workload.title()
+        others = "a process that copies"
+        if self.copiers > 1:
+            others = f"{self.copiers} processes that copy"
+        return f"{self.workload.title()}, beside {others}"
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -40,7 +44,7 @@ class Bed:
     @staticmethod
     def from_json(value: dict[str, Any]) -> Bed:
         """From a JSON object."""
-        return Bed(Workload(**value["workload"]), value["eaters"])
+        return Bed(Workload(**value["workload"]), value["copiers"])
 
 
 @dataclass(frozen=True)

@@ -258,10 +258,7 @@ def misses(results: Results, floors: dict[str, Any]) -> list[str]:
         found += [f"{place}: {miss}" for miss in judge.misses()]
     if not judged:
         found.append("no cell of dgls_torch was measured")
-    beds = results.value["beds"]
-    # Beside other readers, whose calls would count, they are not watched.
-    alone = [c for c in results.value["cells"] if not beds[c["bed"]].get("bed", {}).get("eaters")]
-    watched = not alone or any("control" in (c.get("driver_calls") or {}) for c in alone)
+    watched = any("control" in (c.get("driver_calls") or {}) for c in results.value["cells"])
     if "gpu" in results.value["machine"] and "driver_calls" in floors and not watched:
         found.append("the driver's calls were watched in no cell")
     return found

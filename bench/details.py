@@ -119,8 +119,8 @@ def _lift_cap(cell: Cell) -> None:
 
 def _driver_calls(cell: Cell) -> dict[str, Any] | None:
     """Calls that hold the host up or ask for memory, in passes that nothing waits for."""
-    if not cell.is_on_cuda or not cell.is_first or cell.job.bed.eaters:
-        return None  # other readers wait, and their calls would count
+    if not cell.is_on_cuda or not cell.is_first:
+        return None
     calls = DriverCalls()
 
     def watch() -> dict[str, Any]:

@@ -1,114 +1,142 @@
-"""Other readers on the link, so that a slower link is represented on a fast machine.
+"""Other processes that copy, so that a slower link is represented on a fast machine.
 
-Copies do not serve: a copy engine that always has more queued on one stream keeps to that stream,
-so on an H100 a model's copies were held up for minutes, and then the others'. A kernel that reads
-page-locked memory shares the link itself, request by request: beside four of its programs, which
-take four of 132 processors, copies ran at 26 to 27 of 55 GB/s. More of them take no more than
-half, unless they take all processors; so a quarter of a link is not represented.
+A GPU's copy engine keeps to a stream of a process that has more queued, so other streams of the
+same process are no load: on an H100 a model's copies were held up for minutes, and then the
+others'. Between processes it shares its time out, in slices of about a millisecond: beside one,
+two, three and four others that always have copies queued, copies on an H200 ran at 28.0, 18.7, 14.1
+and 11.3 of 55.2 GB/s, and products of matrices took as long as ever.
 
-What is left for copies is no fixed rate, so it is measured under the same load, and so is compute.
+The rate is measured under the same load, and so is compute.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
 
-_SOURCE = 1 << 24
-_STEP = 1 << 14
-_NUMBERS = 1 << 24
-"""Of 4 bytes, for each launch: about 2 ms, for which one that waits for the device waits too."""
-_QUEUED = 8
-"""With two, on an H100, copies came to 31 GB/s in passes where they had 27 alone: the thread that
-keeps the readers coming shares Python's lock with the model, and came too late."""
+_BYTES = 64 << 20
+"""Of a copy: longer than a slice of time. Of 2 MiB, others got more than their share."""
+_QUEUED = 4
+_READY_S = 60.0
+
+Work = Callable[[int, Callable[[], None]], None]
+"""Copies to the device of that number for ever, and calls what it is given once it does."""
 
 
-class _Reader:
-    """A stream with kernels that read, and the thread that keeps them coming."""
-
-    def __init__(self, device: torch.device, programs: int) -> None:
-        """Compiles the kernel and starts."""
-        from bench.reader_kernel import launch
-
-        self._launch, self._programs = launch, programs
-        self._stream = torch.cuda.Stream(device, priority=-1)
-        self._source = torch.zeros(_SOURCE, dtype=torch.int32, pin_memory=True)
-        self._target = torch.empty(programs * _STEP, dtype=torch.int32, device=device)
-        # Blocking events: a spinning wait would take a processor from the measured program.
-        self._events = [torch.cuda.Event(blocking=True) for _ in range(_QUEUED)]
-        self.start()
-
-    def start(self) -> None:
-        """Fills the queue and starts the thread; they were not running."""
-        self._stop = threading.Event()
-        for event in self._events:
-            self._enqueue(event)
-        self._thread = threading.Thread(target=self._work, name="bench-eater", daemon=True)
-        self._thread.start()
-
-    def _enqueue(self, event: torch.cuda.Event) -> None:
-        with torch.cuda.stream(self._stream):
-            self._launch(self._source, self._target, self._programs, _NUMBERS, _STEP)
-        event.record(self._stream)
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            for event in self._events:
+def _copy(ordinal: int, ready: Callable[[], None]) -> None:
+    device = torch.device("cuda", ordinal)
+    source = torch.empty(_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(_BYTES, dtype=torch.uint8, device=device)
+    # Blocking events: a spinning wait would take a processor from the measured program.
+    events = [torch.cuda.Event(blocking=True) for _ in range(_QUEUED)]
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        while True:
+            for event in events:
                 event.synchronize()
-                self._enqueue(event)
+                target.copy_(source, non_blocking=True)
+                event.record()
+            ready()
 
-    def stop(self) -> None:
-        """Blocks until nothing reads any more."""
-        self._stop.set()
-        self._thread.join()
-        self._stream.synchronize()
+
+def _end_with_parent() -> None:
+    """Ends the process when its parent has ended, killed or not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
+
+
+def _main(work: Work, ordinal: int, said: Connection) -> None:
+    threading.Thread(target=_end_with_parent, name="bench-parent", daemon=True).start()
+    is_ready = False
+
+    def ready() -> None:
+        nonlocal is_ready
+        if not is_ready:
+            is_ready = True
+            said.send(None)
+
+    work(ordinal, ready)
 
 
 class Load:
-    """Readers that run, or none."""
+    """Processes that copy, or none."""
 
-    def __init__(self, reader: _Reader | None) -> None:
-        """Takes what runs."""
-        self._reader = reader
+    def __init__(self, ordinal: int, count: int, work: Work) -> None:
+        """Starts ``count`` of them; blocks until all copy.
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Blocks until nothing reads, and has them read again at the end.
-
-        Another process that takes its turn brings readers of its own: a GPU shares its time out
-        between the kernels of two processes, so that these would take half of it.
+        Raises:
+            RuntimeError: One ended, or was not ready in time; none is left then.
         """
-        if self._reader is None:
-            yield
-            return
-        self._reader.stop()
+        self._processes: list[SpawnProcess] = []
+        context = multiprocessing.get_context("spawn")
+        heard = []
         try:
-            yield
+            for _ in range(count):
+                hear, say = context.Pipe(duplex=False)
+                process = context.Process(target=_main, args=(work, ordinal, say), daemon=True)
+                process.start()
+                say.close()
+                self._processes.append(process)
+                heard.append(hear)
+            for process, hear in zip(self._processes, heard, strict=True):
+                self._hear(process, hear)
+        except BaseException:
+            self.close()
+            raise
+
+    def _hear(self, process: SpawnProcess, hear: Connection) -> None:
+        if not hear.poll(_READY_S):
+            raise RuntimeError(f"a process that copies was not ready in {_READY_S:.0f} s")
+        try:
+            hear.recv()
+        except EOFError:
+            process.join()
+            self.check()
         finally:
-            self._reader.start()
+            hear.close()
+
+    def check(self) -> None:
+        """Makes sure that all still copy; does not block.
+
+        Raises:
+            RuntimeError: One has ended, and its status.
+        """
+        for process in self._processes:
+            if process.exitcode is not None:
+                raise RuntimeError(f"a process that copies ended with status {process.exitcode}")
+
+    def close(self) -> None:
+        """Kills them; blocks until they have ended."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
 
 
 @contextlib.contextmanager
-def eating(device: torch.device, count: int) -> Iterator[Load]:
-    """Runs ``count`` readers while open.
+def eating(device: torch.device, count: int, work: Work = _copy) -> Iterator[Load]:
+    """Has ``count`` other processes copy to ``device`` while open.
 
     Raises:
         ValueError: They need a CUDA device; the CPU's link is slowed down by its rate.
-        ImportError: Triton, which comes with torch for CUDA, is not there.
+        RuntimeError: One ended, or was not ready in time.
     """
-    if not count:
-        yield Load(None)
-        return
-    if device.type != "cuda":
-        raise ValueError(f"other readers need a CUDA device, found {device}")
-    reader = _Reader(device, count)
+    if count and device.type != "cuda":
+        raise ValueError(f"other processes that copy need a CUDA device, found {device}")
+    load = Load(device.index or 0, count, work)
     try:
-        yield Load(reader)
+        yield load
     finally:
-        reader.stop()
+        load.close()

@@ -7,6 +7,7 @@ the hash of the output, and what a pass needs of the device's memory beside the 
 from __future__ import annotations
 
 import math
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,12 @@ import torch
 from bench import measure
 from bench.account import profile
 from bench.cells import Point
-from bench.eaters import eating
 from bench.machine import describe
 from bench.stacks import weight_bytes
 from bench.worker import Worker
 
 if TYPE_CHECKING:
+    from bench.eaters import Load
     from bench.measure import Step
 
 SHARE = 0.25
@@ -28,7 +29,7 @@ _STEP = 128
 _MOST_TOKENS = 65536
 _PROBES = (1024, 4096, 12288)
 _LEFT = 0.8
-"""The most that other readers may leave of the link."""
+"""The most that other processes may leave of the link."""
 
 
 def tokens_for(seconds: float, probes: list[tuple[int, float]], least: int) -> int:
@@ -54,15 +55,15 @@ def _parabola(points: list[tuple[int, float]]) -> tuple[float, float, float]:
     return u - b * t - c * t * t, b, c
 
 
-def check_eaters(eaters: int, alone: float, loaded: float) -> None:
-    """Refuses other readers that take nothing of the link: they would represent no slower one.
+def check_copiers(copiers: int, alone: float, loaded: float) -> None:
+    """Refuses other copies that take nothing of the link: they would represent no slower one.
 
     Raises:
         ValueError: With both rates.
     """
-    if eaters and loaded > _LEFT * alone:
+    if copiers and loaded > _LEFT * alone:
         raise ValueError(
-            f"{eaters} other readers should leave less than {_LEFT:.0%} of the link, found "
+            f"{copiers} processes that copy should leave less than {_LEFT:.0%} of the link, found "
             f"{loaded / 1e9:.1f} of {alone / 1e9:.1f} GB/s"
         )
 
@@ -75,32 +76,36 @@ class Limits(Worker):
         job = self.job
         self.write({"kind": "machine", "machine": describe(job.device.type)})
         alone = measure.link_rate(job.device, job.link_bytes_per_s)
-        with eating(job.device, job.bed.eaters):
-            loaded = measure.link_rate(job.device, job.link_bytes_per_s)
         try:
-            check_eaters(job.bed.eaters, alone, loaded)
-        except ValueError as error:
+            with self.loaded() as load:
+                loaded = measure.link_rate(job.device, job.link_bytes_per_s)
+                check_copiers(job.bed.copiers, alone, loaded)
+                self._limits(loaded, load)
+        except (RuntimeError, ValueError) as error:
+            traceback.print_exc()
             self.write({"status": "failed", "reason": str(error)})
-            return
+
+    def _limits(self, link: float, load: Load) -> None:
+        job = self.job
         attached, stack, _ = self.attach(0)
         total = weight_bytes(stack)
         row = {
             "kind": "bed",
-            "link_bytes_per_s": loaded,
+            "link_bytes_per_s": link,
             "weight_bytes": total,
             "largest_block_bytes": max(map(weight_bytes, stack.order)),
             "blocks": len(stack.order),
         }
         self.write(row)
-        with eating(job.device, job.bed.eaters):
-            found = self._find(attached.step, stack, loaded) if job.ratios else {}
-            for point, ratios in found.items():
-                row = {"kind": "point", "point": point.key, "ratios": ratios}
-                row |= {"block_s": self._blocks(stack, point)}
-                self.write(row | self._point(stack, point))
-            for point in job.points:
-                row = {"kind": "blocks", "point": point.key}
-                self.write(row | {"block_s": self._blocks(stack, point)})
+        found = self._find(attached.step, stack, link) if job.ratios else {}
+        for point, ratios in found.items():
+            row = {"kind": "point", "point": point.key, "ratios": ratios}
+            row |= {"block_s": self._blocks(stack, point)} | self._point(stack, point)
+            load.check()
+            self.write(row)
+        for point in job.points:
+            row = {"kind": "blocks", "point": point.key}
+            self.write(row | {"block_s": self._blocks(stack, point)})
         attached.close()
 
     def _find(self, step: Step, stack: Any, link: float) -> dict[Point, list[float]]:

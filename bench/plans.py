@@ -52,9 +52,9 @@ class Stage:
 
 
 def _bed(
-    shape: str, dtype: str = "bf16", scale: float = 1.0, eaters: int = 0, depth: float = 1.0
+    shape: str, dtype: str = "bf16", scale: float = 1.0, copiers: int = 0, depth: float = 1.0
 ) -> Bed:
-    return Bed(Workload(shape, dtype, scale, depth), eaters)
+    return Bed(Workload(shape, dtype, scale, depth), copiers)
 
 
 _CI = Workload("flux", "bf16", 1 / 24, 0.25, text_tokens=2)
@@ -69,7 +69,7 @@ PLANS: dict[str, Sequence[Stage]] = {
     "probe": (
         Stage(_bed("flux", scale=0.25), (0.5,), (2.0,), ALL, (1.05,), _BRIEF),
         Stage(_bed("flux", "fp8", scale=0.25), (0.5,), (2.0,), ALL, (), _BRIEF),
-        Stage(_bed("wan", scale=0.25, eaters=4), (0.5,), (2.0,), ("dgls", "ring"), (), _BRIEF),
+        Stage(_bed("wan", scale=0.25, copiers=1), (0.5,), (2.0,), ("dgls", "ring"), (), _BRIEF),
     ),
     # Every engine at every ratio, FLUX.1 at half its width.
     "half": (
@@ -109,9 +109,10 @@ PLANS: dict[str, Sequence[Stage]] = {
         Stage(_bed(shape), (0.25, 0.5), (4.0, 1.0), FAST, (0.15, 0.75), _LONG_PASSES)
         for shape in ("wan", "qwen", "hunyuan")
     ),
-    # A slower link: about half of this machine's.
-    "throttled": (
-        Stage(_bed("flux", "bf16", 0.5, 4), (0.25, 0.5), (4.0, 1.0, 0.5), FAST, (), _SHORT),
+    # Slower links: a fifth and half of this machine's, as of PCIe 3.0 and 4.0 on one with 5.0.
+    "throttled": tuple(
+        Stage(_bed("flux", "bf16", 0.5, n), (0.25, 0.5), (4.0, 1.0, 0.5), FAST, (), _SHORT)
+        for n in (4, 1)
     ),
     # Without a GPU: blocks take a set time, the CPU device's link has a set rate.
     "host": (

@@ -17,7 +17,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from bench import measure
 from bench.cells import Point
-from bench.eaters import eating
 from bench.engines import ENGINES, Engine
 from bench.worker import Job, Worker, start_job
 
@@ -42,14 +41,14 @@ class Reference(Worker):
             self.turn(point, 1, 1)
 
     def turn(self, point: Point, lead: int, passes: int) -> dict[str, Any]:
-        """The link's rate and seconds of passes, under the bed's load; blocks until it is done.
+        """The link's rate and seconds of passes; blocks until it is done.
 
-        ``lead`` passes, at least one, go before the timed ones.
+        The worker that asks keeps up the bed's load meanwhile. ``lead`` passes, at least one, go
+        before the timed ones.
         """
-        with eating(self.job.device, self.job.bed.eaters):
-            rate = self._rate()
-            timing = self._time(point, lead, passes)
-            row = {"link_bytes_per_s": rate, "passes_s": timing.passes}
+        rate = self._rate()
+        timing = self._time(point, lead, passes)
+        row = {"link_bytes_per_s": rate, "passes_s": timing.passes}
         self.empty_cache()
         return row
 

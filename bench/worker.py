@@ -6,6 +6,7 @@ on the device. Nothing that an engine prints gets between the results.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -18,10 +19,13 @@ from typing import IO, TYPE_CHECKING, Any
 from bench.engines import ENGINES, Attached, Engine, Setup
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from bench.beside import Turns
     from bench.cells import Bed, Point
+    from bench.eaters import Load
     from bench.measure import Timing
 
 _SLACK_LEAST = 256 << 20
@@ -97,16 +101,13 @@ class Worker:
 
     def __init__(self, job: Job, engine: Engine, out: IO[str]) -> None:
         """Opens the device."""
-        from bench import measure, weights
+        from bench import weights
         from bench.beside import Beside
 
         self.job, self.engine, self._out = job, engine, out
         self._beside = Beside(job.beside, job.device)
         self._path = weights.make(job.bed.workload, job.folder, job.device)
-        measure.wait(job.device)
-        gc.collect()
-        self.empty_cache()
-        self.base_bytes = measure.used_bytes(job.device)
+        self.base_bytes: int | None = None
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes a result at once."""
@@ -120,14 +121,32 @@ class Worker:
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[Load]:
+        """Under the bed's load, whose memory is none of an engine's."""
+        from bench import measure
+        from bench.eaters import eating
+
+        with eating(self.job.device, self.job.bed.copiers) as load:
+            measure.wait(self.job.device)
+            gc.collect()
+            self.empty_cache()
+            self.base_bytes = measure.used_bytes(self.job.device)
+            yield load
+
     def run(self) -> None:
         """Measures all cells; a budget that fails costs its own cells only."""
         budgets = list(dict.fromkeys(budget for budget, _ in self.job.cells))
         try:
-            for budget in budgets:
-                self._budget(budget, [point for b, point in self.job.cells if b == budget])
-                gc.collect()
-                self.empty_cache()
+            if budgets:
+                with self.loaded() as self._load:
+                    for budget in budgets:
+                        self._budget(budget, [p for b, p in self.job.cells if b == budget])
+                        gc.collect()
+                        self.empty_cache()
+        except (RuntimeError, ValueError) as error:  # of the load
+            traceback.print_exc()
+            self.write({"status": "failed", "reason": str(error)})
         finally:
             self._beside.close()
 
@@ -215,17 +234,16 @@ class Worker:
         """Measures a point; ``is_first`` of its budget."""
         from bench.beside import Turns
         from bench.details import Cell, details
-        from bench.eaters import eating
 
         stack.pace(point.pace_s)
         self.empty_cache()  # what other points left would count as memory in use
-        with eating(self.job.device, self.job.bed.eaters) as load:
-            compute_s = self.job.references.get(point.key, {}).get("compute_s", 0.0)
-            turns = Turns(self._beside, point, self.job.effort, compute_s, load.paused)
-            row, timing, x, c = self._passes(attached, point, turns)
-            if self.job.deep:
-                cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)
-                row |= details(cell)
+        compute_s = self.job.references.get(point.key, {}).get("compute_s", 0.0)
+        turns = Turns(self._beside, point, self.job.effort, compute_s)
+        row, timing, x, c = self._passes(attached, point, turns)
+        if self.job.deep:
+            cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)
+            row |= details(cell)
+        self._load.check()
         return row | {"facts": attached.facts()}
 
     def _passes(

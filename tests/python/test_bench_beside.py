@@ -115,7 +115,7 @@ def test_a_turn_that_fails_costs_its_cell_only(alive: tuple[Path, Reference]) ->
     one.close()
     turns = [{"tokens": "no"}, {"tokens": 3}]
     one = Beside(found.given(), CPU)
-    cells = [Turns(one, Point(**turn), EFFORT, 0.0, contextlib.nullcontext) for turn in turns]
+    cells = [Turns(one, Point(**turn), EFFORT, 0.0) for turn in turns]
     for cell in cells:
         cell.take()
         cell.take()

@@ -13,7 +13,7 @@ bench_path.put_on_path()
 
 from bench.cells import Bed, Limit, Point, even_residents  # noqa: E402
 from bench.engines.original import residents  # noqa: E402
-from bench.limits import check_eaters, tokens_for  # noqa: E402
+from bench.limits import check_copiers, tokens_for  # noqa: E402
 from bench.optimum import optimum_s  # noqa: E402
 from bench.stacks import CastLinear, Workload, weight_bytes  # noqa: E402
 
@@ -140,8 +140,19 @@ def test_the_optimum_of_equal_blocks_is_the_closed_form() -> None:
     assert optimum_s(stack, total, total / 4.0, [1.0] * count, 2.0) == 2.0
 
 
-def test_other_readers_that_take_nothing_are_refused() -> None:
-    check_eaters(0, 55e9, 55e9)
-    check_eaters(1, 55e9, 30e9)
+def test_other_copies_that_take_nothing_are_refused() -> None:
+    check_copiers(0, 55e9, 55e9)
+    check_copiers(1, 55e9, 30e9)
     with pytest.raises(ValueError, match=r"less than 80% of the link, found 54.6 of 55.0 GB/s"):
-        check_eaters(1, 55e9, 54.6e9)
+        check_copiers(1, 55e9, 54.6e9)
+
+
+def test_a_bed_says_what_else_is_on_its_link() -> None:
+    beds = [Bed(Workload("flux"), count) for count in (0, 1, 4)]
+    assert [bed.key for bed in beds] == ["flux-bf16", "flux-bf16+1", "flux-bf16+4"]
+    assert [bed.title().partition(", ")[2] for bed in beds] == [
+        "",
+        "beside a process that copies",
+        "beside 4 processes that copy",
+    ]
+    assert [Bed.from_json(bed.to_json()) for bed in beds] == beds

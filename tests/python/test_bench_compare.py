@@ -226,14 +226,12 @@ def test_the_exit_status_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert compare([good(), results], FLOORS_PATH) == 1
 
 
-def test_beside_other_readers_no_driver_calls_are_watched() -> None:
+def test_a_run_in_which_no_calls_were_watched_is_told() -> None:
     results = good()
+    assert "the driver's calls were watched in no cell" not in misses(results, FLOORS)
     for cell in results.value["cells"]:
         cell.pop("driver_calls", None)
     assert "the driver's calls were watched in no cell" in misses(results, FLOORS)
-    for bed in results.value["beds"].values():
-        bed["bed"] = {"eaters": 4}
-    assert "the driver's calls were watched in no cell" not in misses(results, FLOORS)
 
 
 def test_results_of_another_format_are_refused() -> None:

@@ -6,7 +6,6 @@ Method: steps, clocks and readers made for the purpose.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -17,7 +16,7 @@ import pytest
 import torch
 from bench_jobs import EFFORT, job
 
-from bench import eaters, measure, reference
+from bench import measure, reference
 from bench.beside import Turns
 from bench.cells import Point
 from bench.engines import ENGINES
@@ -77,7 +76,7 @@ def test_a_round_and_a_turn_begin_with_as_much_that_is_not_timed(
     asked: Any = SimpleNamespace(
         is_on=True, failed=None, is_wanted=True, ask=lambda q, _: made.answer(json.dumps(q))
     )
-    turns = Turns(asked, Point(3), effort, 0.25, contextlib.nullcontext)
+    turns = Turns(asked, Point(3), effort, 0.25)
     turns.take()
     assert seen == [1, 4]
     assert turns.row()["beside_limit"]["rounds"][0]["passes_s"] == [2.25, 3.25]
@@ -110,23 +109,18 @@ def test_allocations_are_those_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts == {"count": 5.0}
 
 
-def test_readers_rest_during_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_turn_that_failed_there_are_no_more() -> None:
     seen: list[str] = []
-    reader = SimpleNamespace(stop=lambda: seen.append("stop"), start=lambda: seen.append("start"))
-    monkeypatch.setattr(eaters, "_Reader", lambda *_: reader)
-    device: Any = SimpleNamespace(type="cuda")
 
     def ask(*_: Any) -> dict[str, Any]:
         seen.append("turn")
         raise ValueError("no memory")
 
     asked: Any = SimpleNamespace(is_on=True, failed=None, is_wanted=True, ask=ask)
-    with eaters.eating(device, 4) as load:
-        turns = Turns(asked, Point(3), EFFORT, 0.0, load.paused)
-        turns.take()
-        turns.take()  # after one that failed there are no more
-        assert seen == ["stop", "turn", "start"]
-    assert seen[3:] == ["stop"]
+    turns = Turns(asked, Point(3), EFFORT, 0.0)
+    turns.take()
+    turns.take()
+    assert seen == ["turn"]
     assert turns.row() == {"beside_failed": "no memory"}
 
 
@@ -140,5 +134,5 @@ def test_a_turn_may_take_longer_where_passes_do() -> None:
     asked: Any = SimpleNamespace(is_on=True, failed=None, is_wanted=True, ask=ask)
     effort = Effort(beside=1, lead_s=3.0)
     for compute_s in (0.0, 2.0):
-        Turns(asked, Point(3), effort, compute_s, contextlib.nullcontext).take()
+        Turns(asked, Point(3), effort, compute_s).take()
     assert seen == [15.0, 95.0]
