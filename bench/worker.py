@@ -240,11 +240,12 @@ class Worker:
         compute_s = self.job.references.get(point.key, {}).get("compute_s", 0.0)
         turns = Turns(self._beside, point, self.job.effort, compute_s)
         row, timing, x, c = self._passes(attached, point, turns)
+        row["facts"] = attached.facts()  # before a profiler slows passes down
         if self.job.deep:
             cell = Cell(self.job, attached, stack, x, c, timing, budget, is_first)
             row |= details(cell)
         self._load.check()
-        return row | {"facts": attached.facts()}
+        return row
 
     def _passes(
         self, attached: Attached, point: Point, turns: Turns

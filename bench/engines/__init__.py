@@ -40,7 +40,7 @@ class Attached:
     step: Callable[[Tensor, Tensor], Tensor]
     close: Callable[[], None]
     facts: Callable[[], dict[str, Any]] = field(default=_no_facts)
-    """What the engine says of itself, read after the measurement."""
+    """What the engine says of itself, read after the passes that are timed."""
     learns: bool = False
     """Whether it goes on changing what it does by what it measures: it gets passes to settle."""
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import json
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from bench_jobs import BED, CPU, POINTS, job
 
-from bench import measure, weights
+from bench import details, measure, weights
 from bench.engines import Attached, Engine, Setup
 from bench.measure import Effort
 from bench.worker import Worker
@@ -102,6 +103,28 @@ def test_an_engine_that_learns_has_passes_to_settle_before_it_is_timed(tmp_path:
         assert all(len(row.get("settling_passes_s", [])) == (settling or 0) for row in found)
     assert all("settling" not in row for row in rows(tmp_path, [], learns=True))
     assert [Effort(settling_s=12.0).passes_to_settle(s) for s in (0.01, 0.5, 20.0)] == [60, 24, 1]
+
+
+def test_an_engine_is_asked_before_a_profiler_slows_its_passes_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def said(what: str, *_: Any) -> dict[str, Any]:
+        seen.append(what)
+        return {what: True}
+
+    class Asked(Engine):
+        def attach(self, setup: Setup) -> Attached:
+            return Attached(setup.stack, lambda: None, partial(said, "asked"))
+
+    monkeypatch.setattr(details, "details", partial(said, "profiled"))
+    out = io.StringIO()
+    given = job(tmp_path, effort=EFFORT, deep=True, cells=[(10, POINTS[0])])
+    Worker(given, Asked("asked", "none"), out).run()
+    row = json.loads(out.getvalue())
+    assert (row["facts"], row["profiled"]) == ({"asked": True}, True)
+    assert seen == ["asked", "profiled"]
 
 
 def test_out_of_memory_is_tried_again_without_the_cap(tmp_path: Path) -> None:
