@@ -21,6 +21,7 @@
 mod ahead;
 mod sampling;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::command::{Command, Options};
@@ -94,7 +95,9 @@ pub struct Schedule {
     awaited: Vec<bool>,
     active: Option<Active>,
     /// Passes that are timed besides the usual ones.
-    sampled: std::ops::Range<u64>,
+    sampled: Range<u64>,
+    /// Those before: the last of them may run still, and the times of others may not be read yet.
+    begun: [Range<u64>; 2],
     /// The first of the passes that were timed so before these.
     sampled_before: Option<u64>,
     options: Options,
@@ -129,6 +132,7 @@ impl Schedule {
             awaited,
             active: None,
             sampled: 0..0,
+            begun: [0..0, 0..0],
             sampled_before: None,
             options,
         }

@@ -216,3 +216,46 @@ fn where_no_two_passes_are_alike_few_plans_are_taken_up() {
         assert!(adapting <= 1.02 * still, "{adapting} ns, without {still}");
     }
 }
+
+/// Passes whose times are known, each with its uses, after a change in pass 36; `odd` ones take
+/// `percent` of the others.
+fn known(ahead: u64, odd: &[u64], percent: u64) -> Vec<(u64, usize)> {
+    let truth = Truth { kernel_ns: 3_000_000, double: 18, ns_per_kib: 20 };
+    let after = Truth { kernel_ns: 6_000_000, ..truth };
+    let mut profile = all()[0].profile(2, 150.0, 25e9);
+    profile.times = None;
+    let uses = profile.order.len() as u64;
+    let mut run = Run::new(&profile, 8 * GB, Adapt::AtOnce);
+    run.flaky.go_ahead(ahead * uses);
+    run.mean(36, truth, &mut exactly);
+    for pass in 36..48 {
+        let slower = if odd.contains(&pass) { percent } else { 100 };
+        run.pass(after, &mut |number, by| if by == 3 { number * slower / 100 } else { number });
+    }
+    let mut passes: Vec<(u64, usize)> = Vec::new();
+    for number in run.engine.records().iter().map(|record| record.number / uses) {
+        match passes.last_mut() {
+            Some(last) if last.0 == number => last.1 += 1,
+            _ => passes.push((number, 1)),
+        }
+    }
+    run.finish();
+    passes.into_iter().filter(|&(number, _)| number > 33).collect()
+}
+
+/// News come while the last pass that earlier news asked for runs, or before it was read.
+#[test]
+fn passes_that_news_asked_for_are_timed_to_their_end_whatever_comes_after_them() {
+    let cases: [(u64, &[u64]); 6] =
+        [(0, &[38]), (1, &[38]), (1, &[40]), (2, &[39]), (2, &[40]), (3, &[38, 41])];
+    for (ahead, odd) in cases {
+        for percent in [107, 130] {
+            let passes = known(ahead, odd, percent);
+            let whole = |&(_, uses): &(u64, usize)| uses == 57;
+            assert!(passes.iter().all(whole), "{ahead} ahead, {odd:?}: {passes:?}");
+            let first = passes.iter().take(3).map(|&(number, _)| number);
+            assert!(first.eq(37 + ahead..40 + ahead), "{ahead} ahead, {odd:?}: {passes:?}");
+            assert!(passes.len() >= 5, "{ahead} ahead, {odd:?}: {passes:?}");
+        }
+    }
+}

@@ -44,7 +44,9 @@ impl Schedule {
         let again = if self.program.copies.is_empty() {
             self.options.timing && pass % EARLY < AFTER_NEWS
         } else {
-            pass % (if pass < EARLY { 8 } else { EARLY }) < 2 || self.sampled.contains(&pass)
+            let besides = [&self.sampled, &self.begun[0], &self.begun[1]];
+            pass % (if pass < EARLY { 8 } else { EARLY }) < 2
+                || besides.iter().any(|passes| passes.contains(&pass))
         };
         wanted && (pass < 4 || again)
     }
@@ -61,6 +63,11 @@ impl Schedule {
         let begin = before.map_or(next, |before| next.max(before + REST));
         if !self.sampled.is_empty() {
             self.sampled_before = Some(next.min(self.sampled.start));
+        }
+        let begun = self.sampled.start..self.sampled.end.min(next);
+        if !begun.is_empty() {
+            self.begun.rotate_right(1);
+            self.begun[0] = begun;
         }
         self.sampled = begin..begin + AFTER_NEWS;
     }
