@@ -97,7 +97,7 @@ pub struct Schedule {
     /// Passes that are timed besides the usual ones.
     sampled: Range<u64>,
     /// Those before: the last of them may run still, and the times of others may not be read yet.
-    begun: [Range<u64>; 2],
+    earlier: [Range<u64>; 2],
     /// The first of the passes that were timed so before these.
     sampled_before: Option<u64>,
     options: Options,
@@ -132,7 +132,7 @@ impl Schedule {
             awaited,
             active: None,
             sampled: 0..0,
-            begun: [0..0, 0..0],
+            earlier: [0..0, 0..0],
             sampled_before: None,
             options,
         }

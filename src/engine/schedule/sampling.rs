@@ -44,7 +44,7 @@ impl Schedule {
         let again = if self.program.copies.is_empty() {
             self.options.timing && pass % EARLY < AFTER_NEWS
         } else {
-            let besides = [&self.sampled, &self.begun[0], &self.begun[1]];
+            let besides = [&self.sampled, &self.earlier[0], &self.earlier[1]];
             pass % (if pass < EARLY { 8 } else { EARLY }) < 2
                 || besides.iter().any(|passes| passes.contains(&pass))
         };
@@ -64,10 +64,10 @@ impl Schedule {
         if !self.sampled.is_empty() {
             self.sampled_before = Some(next.min(self.sampled.start));
         }
-        let begun = self.sampled.start..self.sampled.end.min(next);
-        if !begun.is_empty() {
-            self.begun.rotate_right(1);
-            self.begun[0] = begun;
+        let earlier = self.sampled.start..self.sampled.end.min(next);
+        if !earlier.is_empty() {
+            self.earlier.rotate_right(1);
+            self.earlier[0] = earlier;
         }
         self.sampled = begin..begin + AFTER_NEWS;
     }
