@@ -57,6 +57,10 @@ Favours to peers: accelerate and diffusers have no budget, so evenly spaced resi
 device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
 linear ones stay on the device.
 
+`beside processes that copy`: a slower link, which others share the time of (bench/eaters.py). It
+goes round in turns of about a millisecond, and a copy queue that is empty for a moment waits for
+those of all others, as on no real link; docs/measurements.md says what that takes.
+
 `over`: ran out of memory under the cap (the budget, what the resident run needs beside its
 weights, and a sixteenth of the budget but at least 256 MiB) and was measured without it.
 `differs`: another output than the resident run's. `failed`: see the reasons below. `-`: not run.
