@@ -7,7 +7,6 @@ the hash of the output, and what a pass needs of the device's memory beside the 
 from __future__ import annotations
 
 import math
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +81,7 @@ class Limits(Worker):
                 check_copiers(job.bed.copiers, alone, loaded)
                 self._limits(loaded, load)
         except (RuntimeError, ValueError) as error:
-            traceback.print_exc()
-            self.write({"status": "failed", "reason": str(error)})
+            self.give_up(error)
 
     def _limits(self, link: float, load: Load) -> None:
         job = self.job

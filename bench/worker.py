@@ -145,10 +145,14 @@ class Worker:
                         gc.collect()
                         self.empty_cache()
         except (RuntimeError, ValueError) as error:  # of the load
-            traceback.print_exc()
-            self.write({"status": "failed", "reason": str(error)})
+            self.give_up(error)
         finally:
             self._beside.close()
+
+    def give_up(self, error: Exception) -> None:
+        """Writes why the rest of the job is not measured."""
+        traceback.print_exc()
+        self.write({"status": "failed", "reason": str(error)[:300]})
 
     def _failed(self, budget: int, points: list[Point], error: BaseException) -> None:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,7 +1,7 @@
 """The rounds of an engine's passes and the turns between them: their order, and what is timed.
 
 Goal: what a rest leaves behind is not timed, of an engine as little as of the resident model.
-Method: steps, clocks and readers made for the purpose.
+Method: steps and clocks made for the purpose.
 """
 
 from __future__ import annotations
