@@ -15,7 +15,7 @@ from helpers import SMALL, Block, Net, Pair, Snapshot, budgets, check, inputs, n
 from torch import nn
 
 import dgls_torch
-from dgls_torch.blocks import find_blocks, models_of, weight_bytes
+from dgls_torch.blocks import find_blocks, layers_of, models_of, weight_bytes
 
 MIB = 1 << 20
 
@@ -115,6 +115,54 @@ def test_stages_of_a_unet_are_taken_apart() -> None:
     assert all("attentions" in name or "resnets" in name for name, _ in blocks)
     assert max(weight_bytes(block) for _, block in blocks) * 4 <= weight_bytes(model)
     assert sum(weight_bytes(block) for _, block in blocks) * 2 >= weight_bytes(model)
+
+
+def test_layers_of_blocks_are_taken_one_by_one() -> None:
+    with torch.device("meta"):
+        blocks = find_blocks(flux())
+        unets = find_blocks(unet())
+    of_each = ("attention", "mlp.0", "mlp.2")
+    assert [name for name, _ in layers_of(blocks)] == [
+        f"{name}.{layer}" for name, _ in blocks for layer in of_each
+    ]
+    assert {type(layer) for _, layer in layers_of(unets)} == {
+        nn.Conv2d,
+        nn.Linear,
+        nn.MultiheadAttention,
+    }
+    twice = [("a", blocks[0][1]), ("b", blocks[0][1])]
+    assert [name for name, _ in layers_of(twice)] == [f"a.{layer}" for layer in of_each]
+    with pytest.raises(ValueError, match=r'unit="layer" needs blocks .* none in 1 of LayerNorm'):
+        layers_of([("norm", nn.LayerNorm(3))])
+
+
+def test_layers_stream_within_less_than_a_block() -> None:
+    blocks, layers = budgets(net()), budgets(net(), unit="layer")
+    assert layers[0] < blocks[0]
+    reports = check(net(), lambda m: m(inputs()), vram=[layers[0], *blocks], unit="layer")
+    for report in reports:
+        assert [block.name for block in report.plan.blocks] == [
+            f"blocks.{i}.{layer}" for i in range(6) for layer in ("up", "down")
+        ]
+        assert report.mispredicted == 0
+    with pytest.raises(ValueError, match="too small"):
+        dgls_torch.stream(net(), layers[0] - 1, unit="layer", **SMALL)
+
+
+def test_what_is_left_of_a_block_beside_its_layers_stays() -> None:
+    def made() -> nn.Module:
+        model = net()
+        for block in model.blocks:
+            block.scale = nn.Parameter(torch.full((32,), 0.5), requires_grad=False)
+            block.up.register_forward_pre_hook(lambda _, x, scale=block: (x[0] * scale.scale,))
+        return model
+
+    before = budgets(net(), unit="layer")[0]
+    assert budgets(made(), unit="layer")[0] == before + 6 * 32 * 4
+    check(made(), lambda m: m(inputs()), unit="layer")
+    names = [f"blocks.{i}" for i in (1, 4)]
+    with dgls_torch.stream(made(), blocks=names, unit="layer", exclude=["*.4.up"], **SMALL) as s:
+        assert [b.name for b in s.plan.blocks] == ["blocks.1.up", "blocks.1.down", "blocks.4.down"]
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ WAYS = {
     "copies of a file": "options = {'source': path, **PINNED}",
     "a few copies": "options = {'source': path, 'ram': '96KiB', 'staging': '64KiB', 'pinned': 0}",
     "file and memory": "options = {'source': part, **PINNED}",
+    "layers": "options = {'unit': 'layer', **PINNED}",
     "no times": "options = {'trace_passes': 0, **STAGED}",
 }
 DELAYS = {
@@ -90,7 +91,8 @@ DELAYS = {
     "late and slow": "put('lat_us', 100); put('bw_mbps', 200)",
 }
 FILES = """
-folder = pathlib.Path(tempfile.mkdtemp())
+kept = tempfile.TemporaryDirectory()
+folder = pathlib.Path(kept.name)
 path, part = folder / "all.safetensors", folder / "part.safetensors"
 state = net().state_dict()
 save_file(state, path)
@@ -118,6 +120,7 @@ assert all(use.end_s >= use.start_s >= use.wait_s for use in reports[0].timeline
     name = next(name for name, text in WAYS.items() if text == way)
     assert said == {
         "page-locked": ["True False 0"],
+        "layers": ["True False 0"],
         "some of each": ["True True 0"],
         "file and memory": ["True True 0"],
         "copies of a file": ["True True 0"],

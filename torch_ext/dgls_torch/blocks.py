@@ -1,4 +1,7 @@
-"""Finds the blocks of a model: the members of its largest containers of repeated modules."""
+"""Finds the blocks of a model: the members of its largest containers of repeated modules.
+
+And the layers in them, where those are to be streamed one at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from dgls_torch.config import StreamConfig
 
 Named = tuple[str, nn.Module]
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""Attention uses the weights of its last layer without calling it, so it is taken as a whole."""
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -97,6 +103,32 @@ def chosen_blocks(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[N
         if next(module.parameters(), None) is None:
             raise ValueError(f"blocks: '{name}' has no parameters")
     return _unique(found)
+
+
+def layers_of(blocks: list[Named]) -> list[Named]:
+    """The linear and convolution layers and multi-head attentions in blocks, in their order.
+
+    What else a block holds belongs to none of them.
+
+    Raises:
+        ValueError: There is no layer.
+    """
+    found = _unique([layer for name, block in blocks for layer in _layers(name, block)])
+    if not found:
+        kinds = ", ".join(sorted({type(block).__name__ for _, block in blocks}))
+        raise ValueError(
+            'unit="layer" needs blocks that hold layers (Linear, Conv, MultiheadAttention), found '
+            f"none in {len(blocks)} of {kinds}"
+        )
+    return found
+
+
+def _layers(path: str, module: nn.Module) -> Iterator[Named]:
+    if isinstance(module, _LAYERS):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _layers(f"{path}.{name}" if path else name, child)
 
 
 def check_disjoint(blocks: list[Named]) -> None:

@@ -44,6 +44,12 @@ class StreamConfig:
             Unit: dotted names or modules. Range: ``None``, or at least one and none twice.
             Default: ``None``, found by their repeated class.
             Change it: when the plan shows that the blocks of an unusual model were not found.
+        unit: What is streamed at a time: a block, or each layer of the blocks by itself. What else
+            the blocks hold then stays on the device, as norms.
+            Unit: a word. Range: ``"block"`` or ``"layer"``. Default: ``"block"``.
+            Change it: to ``"layer"`` where copies decide. The ring then holds layers, so that more
+            stays on the device, and the smallest budget is that of a layer. Each layer costs the
+            host what a block does else, and code must not use a layer's weights outside of it.
         exclude: Blocks that are not streamed: they stay on the device, like all that is no block.
             Unit: dotted-name patterns (``fnmatch``); see `excludes`. Range: any number of them.
             Default: none.
@@ -102,6 +108,7 @@ class StreamConfig:
     vram: int | float | str = "auto"
     device: str | torch.device | None = None
     blocks: Iterable[Any] | None = None
+    unit: str = "block"
     exclude: Iterable[str] = ()
     source: str | os.PathLike[str] = "tensors"
     pinned: int | float | str = "auto"
@@ -130,6 +137,7 @@ class StreamConfig:
             "vram": _size_or_auto(self.vram, "vram", least=1),
             "device": _device(self.device),
             "blocks": _blocks(self.blocks),
+            "unit": _unit(self.unit),
             "exclude": _patterns(self.exclude),
             "source": _source(self.source),
             "pinned": _size_or_auto(self.pinned, "pinned", least=0),
@@ -249,6 +257,15 @@ def _blocks(value: object) -> tuple[Any, ...] | None:
             shown = repr(block) if isinstance(block, str) else type(block).__name__
             raise ValueError(f"{what} needs to be named once, found {shown} twice")
     return blocks
+
+
+def _unit(value: object) -> str:
+    needed = '"block" or "layer"'
+    if not isinstance(value, str):
+        raise _wrong_type("unit", needed, value)
+    if value not in ("block", "layer"):
+        raise ValueError(f"unit needs {needed}, found {value!r}")
+    return value
 
 
 def _is_module(value: object) -> bool:

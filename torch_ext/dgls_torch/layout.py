@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dgls_torch.blocks import check_disjoint, chosen_blocks, compute_device, find_blocks
+from dgls_torch.blocks import (
+    check_disjoint,
+    chosen_blocks,
+    compute_device,
+    find_blocks,
+    layers_of,
+)
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.memory import auto_vram_bytes
 from dgls_torch.placement import Placement, outside_bytes
@@ -49,6 +55,8 @@ class Anatomy:
         blocks = (
             find_blocks(model) if config.blocks is None else chosen_blocks(model, config.blocks)
         )
+        if config.unit == "layer":
+            blocks = layers_of(blocks)
         self.blocks = [(name, block) for name, block in blocks if not config.excludes(name)]
         if not self.blocks:
             raise ValueError("exclude leaves no block to stream")
