@@ -101,6 +101,9 @@ def _aimdo(kind: str, title: str) -> Engine:
 ENGINES = {
     "resident": Engine("resident", "bench.engines.resident", needs_cuda=False),
     "dgls": Engine("dgls_torch", "bench.engines.ours", needs_cuda=False),
+    "dgls-layer": Engine(
+        'dgls_torch, unit="layer"', "bench.engines.ours", {"unit": "layer"}, needs_cuda=False
+    ),
     "ring": Engine("plain PyTorch, two buffers", "bench.engines.ring", needs_cuda=False),
     "original": Engine("the original DGLS's policy", "bench.engines.original", needs_cuda=False),
     "aimdo-linear": _aimdo("linear", "comfy-aimdo, per Linear (ComfyUI)"),
@@ -122,4 +125,5 @@ ENGINES = {
 }
 """In the order of the tables."""
 
-PEERS = tuple(name for name in ENGINES if name not in ("resident", "dgls"))
+OURS = ("dgls", "dgls-layer")
+PEERS = tuple(name for name in ENGINES if name not in ("resident", *OURS))

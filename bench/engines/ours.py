@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from bench.engines import Setup
 
 
-def attach(setup: Setup) -> Attached:
-    """Streams the stack; the budget is an order, everything else is the default.
+def attach(setup: Setup, unit: str = "block") -> Attached:
+    """Streams the stack; the budget and the unit are orders, everything else is the default.
 
     Page-locking is allowed for all weights, as every peer does.
     """
@@ -21,6 +21,7 @@ def attach(setup: Setup) -> Attached:
         setup.stack,
         vram=setup.budget_bytes,
         blocks=[f"blocks.{i}" for i in range(len(setup.stack.order))],
+        unit=unit,
         device=str(setup.device),
         pinned="auto" if on_cpu else sum(p.nbytes for p in setup.stack.parameters()),
         copy_bytes_per_s=setup.link_bytes_per_s if on_cpu else None,

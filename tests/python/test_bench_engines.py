@@ -51,7 +51,7 @@ def test_engines_give_the_resident_output(shape: str, dtype: str, tmp_path: Path
     workload = small(shape, dtype)
     expected = digest("resident", load(workload, tmp_path), workload, 1.0)
     assert expected[0] == expected[1]
-    for name in ("dgls", "ring", "original"):
+    for name in ("dgls", "dgls-layer", "ring", "original"):
         for share in (0.5, 0.75):
             found = digest(name, load(workload, tmp_path), workload, share)
             assert found == expected, (name, share)
