@@ -126,4 +126,4 @@ ENGINES = {
 """In the order of the tables."""
 
 OURS = ("dgls", "dgls-layer")
-PEERS = tuple(name for name in ENGINES if name not in ("resident", *OURS))
+"""No peers of one another."""
