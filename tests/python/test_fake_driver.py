@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Script = Callable[..., list[str]]
 
 BEGIN = """
-import ctypes, os, sys, tempfile, pathlib
+import ctypes, os, sys, pathlib
 fake = ctypes.CDLL(os.environ["FAKE"])
 def put(key, value):
     assert fake.fakecuda_set(key.encode(), ctypes.c_int64(value)) == 0, key
@@ -91,8 +91,7 @@ DELAYS = {
     "late and slow": "put('lat_us', 100); put('bw_mbps', 200)",
 }
 FILES = """
-kept = tempfile.TemporaryDirectory()
-folder = pathlib.Path(kept.name)
+folder = pathlib.Path(os.environ["FOLDER"])
 path, part = folder / "all.safetensors", folder / "part.safetensors"
 state = net().state_dict()
 save_file(state, path)
@@ -102,7 +101,7 @@ save_file({k: v for k, v in state.items() if "up" in k}, part)
 
 @pytest.mark.parametrize("delay", DELAYS.values(), ids=DELAYS)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_whole_models(script: Script, way: str, delay: str) -> None:
+def test_whole_models(script: Script, way: str, delay: str, tmp_path: Path) -> None:
     said = script(
         FILES
         + f"{way}; {delay}"
@@ -116,6 +115,7 @@ timed = options.get("trace_passes") != 0
 assert all(bool(report.timeline) == timed for report in reports)
 assert all(use.end_s >= use.start_s >= use.wait_s for use in reports[0].timeline)
 """,
+        FOLDER=str(tmp_path),
     )
     name = next(name for name, text in WAYS.items() if text == way)
     assert said == {
