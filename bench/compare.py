@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.engines import OURS
+from bench.engines import PEERS
 from bench.results import turns_beside
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Judge:
 def rivals(cells: Cells) -> Iterator[tuple[str, dict[str, Any]]]:
     """The other engines at a place that kept to the budget and gave the right output."""
     for name, cell in cells.items():
-        if name in ("resident", *OURS) or cell["status"] != "ok":
+        if name not in PEERS or cell["status"] != "ok":
             continue
         if cell["exact"] and cell.get("capped", True):
             yield name, cell

@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from bench.compare import load_floors, misses, rivals
-from bench.engines import OURS
+from bench.engines import PEERS
 from bench.results import turns_beside
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _row(results: Results, bed: str, places: list[Cells]) -> tuple[str, ...]:
         f"{len(ran)} of {len(ours)}",
         _range(found, ".1f"),
         f"{max(under):.1f}" if under else "",
-        str(len(engines - {"resident", *OURS}) or ""),
+        str(len(engines & {*PEERS}) or ""),
         _range(faster, ".2f"),
     )
 

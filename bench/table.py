@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.engines import ENGINES, OURS
+from bench.engines import ENGINES, OURS, PEERS
 
 if TYPE_CHECKING:
     from bench.results import Results
@@ -77,14 +77,14 @@ def print_table(results: Results) -> None:
 
 
 def losers(results: Results, cells: dict[str, dict[str, Any]], least: float = 1.0) -> list[str]:
-    """The other engines that are more than ``least`` times as fast as dgls_torch at one place."""
+    """The peers that are more than ``least`` times as fast as dgls_torch at one place."""
     ours = cells.get("dgls")
     if ours is None or ours["status"] != "ok":
         return []
     return [
         name
         for name, cell in cells.items()
-        if name not in OURS
+        if name in PEERS
         and cell["status"] == "ok"
         and cell["exact"]
         and results.times(ours, cell) > least
@@ -92,7 +92,7 @@ def losers(results: Results, cells: dict[str, dict[str, Any]], least: float = 1.
 
 
 def account_rows(results: Results) -> list[tuple[str, ...]]:
-    """Where the time went, of dgls_torch everywhere and of each other engine where it is faster."""
+    """Where the time went, of dgls_torch everywhere and of each peer where it is faster."""
     head = ("bed", "budget", "ratio", "engine", "measured", "profiled", "sum", "compute", "alone")
     rows: list[tuple[str, ...]] = [(*head, "exposed", "inline", "launch", "device", "hooks us")]
     for (key, _, _), cells in ordered(results):

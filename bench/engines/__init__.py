@@ -127,3 +127,4 @@ ENGINES = {
 
 OURS = ("dgls", "dgls-layer")
 """No peers of one another."""
+PEERS = tuple(name for name in ENGINES if name not in ("resident", *OURS))

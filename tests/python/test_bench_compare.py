@@ -22,6 +22,7 @@ from bench_results import (
     over_with_gaps,
 )
 
+from bench import glance
 from bench.commands import main
 from bench.compare import compare, misses, notes
 from bench.results import ABOVE_LIMIT, Results
@@ -119,6 +120,18 @@ def test_a_peer_over_the_budget_or_wrong_is_no_rival() -> None:
         results = good()
         results.value["cells"][4].update(pass_s=1.0, **wrong)
         assert found_in(results) == []
+
+
+def test_another_way_of_our_own_is_no_rival() -> None:
+    for name, is_rival in (("dgls-layer", False), ("ramtorch", True)):
+        results = good()
+        ring = results.value["cells"][4]
+        results.value["cells"].append(ring | {"engine": name, "pass_s": 1.51})
+        assert bool(found_in(results)) == is_rival
+        (_, at_512), *_ = [place for place in results.by_place() if name in place[1]]
+        assert (name in losers(results, at_512)) == is_rival
+        (_, row) = glance.rows([results])
+        assert dict(zip(glance.HEAD, row, strict=True))["peers"] == ("4" if is_rival else "3")
 
 
 def test_a_limit_beside_a_cell_replaces_that_of_its_bed() -> None:
