@@ -49,39 +49,67 @@ pub(super) fn optimum_of(problem: &Problem) -> Result<f64> {
     Ok(solution_of(problem)?.0)
 }
 
+/// Neighbouring uses that the linear program takes for one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Group {
+    /// Bytes that may be streamed of it.
+    pub(super) bytes: f64,
+    /// In so many equal parts, which come and go one after the other; 1 for a single use.
+    pub(super) parts: f64,
+    pub(super) compute_s: f64,
+}
+
 /// The optimum, and the streamed bytes of each use with which it is reached.
 pub(super) fn solution_of(problem: &Problem) -> Result<(f64, Vec<f64>)> {
-    let uses = problem.uses.len();
+    let group = |slot: &super::problem::Slot| Group {
+        bytes: real(problem.bytes[slot.block]),
+        parts: 1.0,
+        compute_s: slot.compute_s,
+    };
+    solution_of_groups(problem, &problem.uses.iter().map(group).collect::<Vec<_>>())
+}
+
+/// As [`solution_of`], of all uses in groups: about the optimum, and the streamed bytes of each.
+pub(super) fn solution_of_groups(problem: &Problem, groups: &[Group]) -> Result<(f64, Vec<f64>)> {
     let compute_s = problem.compute_s();
-    let bytes_of = |slot: &super::problem::Slot| problem.bytes[slot.block];
-    let total: u64 = problem.uses.iter().map(bytes_of).sum();
-    if total <= problem.budget_bytes || uses == 0 {
-        return Ok((compute_s, vec![0.0; uses]));
+    let total: u64 = problem.uses.iter().map(|slot| problem.bytes[slot.block]).sum();
+    if total <= problem.budget_bytes || groups.is_empty() {
+        return Ok((compute_s, vec![0.0; groups.len()]));
     }
     // In units of the largest block, so that the solver sees numbers near 1.
     let unit = real(problem.largest().1);
     let rate = problem.link.bytes_per_s / unit;
-    let mut bytes: Vec<f64> = problem.uses.iter().map(|slot| real(bytes_of(slot)) / unit).collect();
-    let mut room: Vec<f64> = problem.uses.iter().map(|slot| slot.compute_s * rate).collect();
+    let of_group = |group: &Group| Room {
+        bytes: group.bytes / unit,
+        parts: group.parts,
+        beside: group.compute_s * rate,
+    };
+    let mut rooms: Vec<Room> = groups.iter().map(of_group).collect();
     if problem.outside_s > 0.0 {
-        bytes.push(0.0);
-        room.push(problem.outside_s * rate);
+        rooms.push(Room { bytes: 0.0, parts: 1.0, beside: problem.outside_s * rate });
     }
-    let missing = real(problem.budget_bytes) / unit - bytes.iter().sum::<f64>();
-    let (stall, copied) = solve(&bytes, &room, missing)?;
-    let copied = copied.into_iter().take(uses).map(|share| share * unit).collect();
+    let missing = (real(problem.budget_bytes) - real(total)) / unit;
+    let (stall, copied) = solve(&rooms, missing)?;
+    let copied = copied.into_iter().take(groups.len()).map(|share| share * unit).collect();
     Ok((compute_s + stall / rate, copied))
 }
 
-/// The least sum of stalls, and what is copied for each use; in units.
-fn solve(bytes: &[f64], room: &[f64], missing: f64) -> Result<(f64, Vec<f64>)> {
-    let uses = bytes.len();
+/// A group in units: what may be streamed of it, and what can be copied beside it.
+struct Room {
+    bytes: f64,
+    parts: f64,
+    beside: f64,
+}
+
+/// The least sum of stalls, and what is copied for each group; in units.
+fn solve(rooms: &[Room], missing: f64) -> Result<(f64, Vec<f64>)> {
+    let uses = rooms.len();
     let mut lp = Lp::new(OptimizationDirection::Minimize);
     let mut add = |cost: f64, most: f64| -> Variable { lp.add_var(cost, (0.0, most)) };
-    let copied: Vec<Variable> = bytes.iter().map(|&most| add(0.0, most)).collect();
-    let beside: Vec<Variable> = room.iter().map(|&most| add(0.0, most)).collect();
-    let stalled: Vec<Variable> = bytes.iter().map(|_| add(1.0, f64::INFINITY)).collect();
-    let held: Vec<Variable> = bytes.iter().map(|_| add(0.0, f64::INFINITY)).collect();
+    let copied: Vec<Variable> = rooms.iter().map(|room| add(0.0, room.bytes)).collect();
+    let beside: Vec<Variable> = rooms.iter().map(|room| add(0.0, room.beside)).collect();
+    let stalled: Vec<Variable> = rooms.iter().map(|_| add(1.0, f64::INFINITY)).collect();
+    let held: Vec<Variable> = rooms.iter().map(|_| add(0.0, f64::INFINITY)).collect();
     // One more variable for the sum keeps the rows short.
     let sum = add(0.0, f64::INFINITY);
     let mut row: Vec<(Variable, f64)> = copied.iter().map(|&one| (one, 1.0)).collect();
@@ -97,9 +125,17 @@ fn solve(bytes: &[f64], room: &[f64], missing: f64) -> Result<(f64, Vec<f64>)> {
             flow.remove(0);
         }
         lp.add_constraint(&flow, ComparisonOp::Eq, 0.0);
-        lp.add_constraint([(copied[i], 1.0), (held[i], -1.0)], ComparisonOp::Le, 0.0);
-        let fits = [(held[i], 1.0), (beside[i], 1.0), (sum, -1.0)];
+        // The first part is there when it starts, and the ring has room for what comes beside the
+        // first, and beside the last when all before it have gone.
+        let part = 1.0 / rooms[i].parts;
+        lp.add_constraint([(copied[i], part), (held[i], -1.0)], ComparisonOp::Le, 0.0);
+        let fits = [(held[i], 1.0), (beside[i], part), (sum, -1.0)];
         lp.add_constraint(fits, ComparisonOp::Le, missing);
+        if part < 1.0 {
+            let gone = part - 1.0;
+            let fits = [(held[i], 1.0), (beside[i], 1.0), (copied[i], gone), (sum, -1.0)];
+            lp.add_constraint(fits, ComparisonOp::Le, missing);
+        }
     }
     match lp.solve() {
         Ok(SolveOutcome::Solution(solution)) => {

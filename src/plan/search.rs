@@ -2,12 +2,13 @@
 //! over all policies, rounded to tensors.
 
 mod coarse;
+mod many;
 pub(super) mod near;
 
 use self::near::Near;
 use super::bound::solution_of;
 use super::level::{Goal, diffuse, mean_compute, wanted};
-use super::place::Placement;
+use super::place::{Items, Placement};
 use super::problem::Problem;
 use super::trial::{Found, SLACK, Trial};
 use crate::units::{count, index, narrow, real, whole};
@@ -123,6 +124,9 @@ impl<'a> Search<'a> {
                     self.round_optimum(copied, passes);
                 }
             }
+        }
+        if uses > MOST_FOR_LP {
+            self.many();
         }
         let coarse = problem.kinds.iter().all(|kind| kind.count() <= COARSE);
         if coarse && uses <= MOST_FOR_LP && self.trial.best_s > problem.lower_bound_s() * 1.01 {
@@ -288,19 +292,21 @@ impl<'a> Search<'a> {
         if copies_s > self.trial.best_s * (1.0 + SLACK) {
             return;
         }
-        let Some(room) = self.trial.aligned_room(splits) else { return };
-        if room < items.most_of_use() {
-            return;
-        }
-        let mut placement = Placement::default();
-        placement.fill(&items, room);
-        let least = placement.turns.max(1);
+        let Some(least) = self.least_turns(splits, &items) else { return };
         let uses = narrow(items.of_use.iter().filter(|range| !range.is_empty()).count());
         let all: Vec<u32> = (least..=uses.max(least)).collect();
         let step = all.len().div_ceil(40).max(1);
         for &turns in all.iter().step_by(step) {
             self.trial.consider(splits.to_vec(), turns, passes);
         }
+    }
+
+    /// How often the largest ring that the budget allows is passed; `None` where there is no room.
+    fn least_turns(&self, splits: &[u64], items: &Items) -> Option<u32> {
+        let room = self.trial.aligned_room(splits)?;
+        let mut placement = Placement::default();
+        (room >= items.most_of_use()).then(|| placement.fill(items, room))?;
+        Some(placement.turns.max(1))
     }
 }
 

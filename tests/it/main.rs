@@ -13,6 +13,7 @@ mod flaky;
 mod fuzz;
 mod host;
 mod lagging;
+mod layers;
 mod models;
 mod news;
 mod optimum;
