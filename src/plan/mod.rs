@@ -7,9 +7,9 @@
 //!
 //! In reading order: `problem` is what a search works on, `splits` how a block can be taken
 //! apart, `level` how much each should stream, `place` gives addresses, `steps` waits and times,
-//! `trial` picks the best of what `search` proposes (`search/near` knows what is on the device
-//! already), `program` is the outcome, `check` proves it legal, `bound` says how much better any
-//! plan could be, `form` is the JSON of it all.
+//! `trial` picks the best of what `search` proposes (`search/many` where a pass has many uses,
+//! `search/near` knows what is on the device already), `program` is the outcome, `check` proves it
+//! legal, `bound` says how much better any plan could be, `form` is the JSON of it all.
 
 mod bound;
 mod check;

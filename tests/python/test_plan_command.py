@@ -183,6 +183,21 @@ def test_blocks_can_be_named(tmp_path: Path, capsys: Any) -> None:
     assert said == "unet.safetensors: blocks: Checkpoint has no module 'no_blocks'"
 
 
+def test_layers_are_streamed_one_at_a_time(model: Path, small: Path, capsys: Any) -> None:
+    out = good(capsys, model, "--vram", "8GiB", *LINK, "--unit", "layer")
+    assert out.splitlines()[0].endswith(" used, 150.80 MiB would do"), "the largest, not a block"
+    (largest,) = [line for line in out.splitlines() if "single_blocks.*.linear1 " in line]
+    assert largest.split()[1:4] == ["38", "126.04", "MiB"]
+    inputs = json.loads(
+        good(capsys, model, "--vram", "8GiB", *LINK, "--unit=layer", "--print-inputs")
+    )
+    assert sum(block.get("count", 1) for block in inputs["blocks"]) == 19 * 10 + 38 * 3
+    said = bad(capsys, small, "--vram", "300k", *LINK, "--unit", "layer")
+    assert said.startswith('small.safetensors: unit="layer" needs blocks that hold layers')
+    asked = [model, "--vram", "8GiB", *LINK, "--no-curve"]
+    assert good(capsys, *asked, "--unit", "block") == good(capsys, *asked)
+
+
 def test_other_models_in_a_checkpoint_are_left_out_aloud(tmp_path: Path, capsys: Any) -> None:
     others = merged(linear(f"text_encoders.t5.block.{k}", 4096, 4096) for k in range(24))
     shapes = flux("model.diffusion_model.", double=2, single=2) | others
@@ -243,6 +258,7 @@ WRONG_OPTIONS = [
     (["--resident", "0-999999999"], "^--resident needs numbers of blocks"),
     (["--resident", "11"], "resident"),
     (["--prefetch", "-1"], "^--prefetch needs a whole number of at least 0"),
+    (["--unit", "tensor"], "^--unit needs block or layer, found 'tensor'"),
     (["--blocks", ""], r"small\.safetensors: blocks\[0\] needs a dotted name|blocks\[0\]"),
 ]
 
@@ -268,8 +284,8 @@ def test_what_is_missing_is_named(small: Path, capsys: Any, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     assert "found none" in bad(capsys, tmp_path / "empty")
     assert bad(capsys, "--inputs", gone, small) == "--inputs stands for the model: leave out MODEL"
-    said = bad(capsys, "--inputs", gone, "--tflops", 5, "--blocks", "x")
-    assert said == "--inputs stands for the model: leave out --tflops, --blocks"
+    said = bad(capsys, "--inputs", gone, "--tflops", 5, "--blocks", "x", "--unit", "layer")
+    assert said == "--inputs stands for the model: leave out --tflops, --blocks, --unit"
 
 
 def test_an_unknown_option_is_one_sentence(capsys: Any) -> None:

@@ -29,7 +29,8 @@ CPU = StreamConfig(device="cpu")
 
 
 def found(path: Path, **fields: object) -> ModelSizes:
-    return sizes_of(checkpoint(SafetensorsSource(path))[0], CPU.replace(**fields))
+    source, config = SafetensorsSource(path), CPU.replace(**fields)
+    return sizes_of(checkpoint(source, layers=config.unit == "layer")[0], config)
 
 
 def names(shapes: Shapes, folder: Path) -> list[str]:
@@ -101,6 +102,36 @@ def test_a_model_is_found_as_its_file_is(tmp_path: Path) -> None:
     for ours, theirs in zip(of_file.blocks, of_module.blocks, strict=True):
         assert (ours.name, ours.matrix_elements) == (theirs.name, theirs.matrix_elements)
         assert sorted(ours.tensor_bytes) == sorted(theirs.tensor_bytes)
+
+
+LAYERS = ("attention", "mlp.0", "mlp.2", "mix")
+
+
+class Stage(nn.Module):
+    """Every kind of layer, and what is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16, bias=False))
+        self.mix = nn.Conv1d(16, 16, 3)
+        self.scale = nn.Parameter(torch.zeros(4, 16))
+
+
+def test_layers_of_a_file_are_those_of_its_model(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"head": nn.Linear(16, 16), "stages": nn.ModuleList([Stage(), Stage()])})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    fields: dict[str, object] = {"blocks": ["stages"], "unit": "layer"}
+    of_file = found(tmp_path / "model.safetensors", **fields)
+    of_module = sizes_of(model, CPU.replace(**fields))
+    assert of_file.outside_bytes == of_module.outside_bytes
+    theirs = {block.name: block for block in of_module.blocks}
+    layers = {f"stages.{k}.{name}" for k in (0, 1) for name in LAYERS}
+    assert {block.name for block in of_file.blocks} == theirs.keys() == layers
+    for ours in of_file.blocks:
+        assert ours.matrix_elements == theirs[ours.name].matrix_elements
+        assert sorted(ours.tensor_bytes) == sorted(theirs[ours.name].tensor_bytes)
 
 
 def test_a_plan_leaves_no_trace_and_says_what_stream_would_find() -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import dgls_torch
-from dgls_torch.report import Use
+from dgls_torch.report import BlockPlan, Use
+from dgls_torch.tables import block_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,6 +129,23 @@ def test_a_pass_alone_is_shown_from_where_it_began() -> None:
     with stream, torch.inference_mode():
         model[1](torch.zeros(1, 64))  # out of turn
         assert [use.block for use in stream.report().timeline] == ["1"]
+
+
+def test_many_layers_share_rows_by_their_names() -> None:
+    def rows(blocks: int) -> list[str]:
+        sizes = {"attn.0": 512, "mlp.2": 1024}
+        plans = [
+            BlockPlan(f"b.{k}.{n}", 256 * (k % 2), s - 256 * (k % 2))
+            for k in range(blocks)
+            for n, s in sizes.items()
+        ]
+        return [line.split()[0] for line in block_table(plans)[1:]]
+
+    assert rows(2) == ["b.0.attn.0", "b.0.mlp.2", "b.1.attn.0", "b.1.mlp.2"]
+    assert len(rows(10)) == 20
+    assert rows(11) == ["b.*.attn.0", "b.*.mlp.2"]
+    unlike = [BlockPlan(f"stage{k}", 0, 256 * (k + 1)) for k in range(25)]
+    assert len(block_table(unlike)) == 26, "nothing is shared"
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for() -> None:

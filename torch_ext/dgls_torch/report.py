@@ -7,6 +7,7 @@ from itertools import groupby, takewhile
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+from dgls_torch.tables import block_table, table
 from dgls_torch.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -367,32 +368,3 @@ class Report:
 def _inside_s(uses: list[Use]) -> float:
     """Seconds from the arrival at the first use of a pass to the end of its last."""
     return uses[-1].end_s - uses[0].wait_s
-
-
-def _span(sizes: list[int]) -> str:
-    """The least and the most of some sizes, or the one they all are."""
-    least, most = format_bytes(min(sizes)), format_bytes(max(sizes))
-    return most if least == most else f"{least} to {most}"
-
-
-def block_table(blocks: Sequence[BlockPlan]) -> list[str]:
-    """The lines of a table of blocks; neighbours of one size share a row."""
-    rows = [("blocks", "count", "each", "resident", "streamed")]
-    for each, group in groupby(blocks, key=lambda b: b.resident_bytes + b.streamed_bytes):
-        same = list(group)
-        last = f" .. {same[-1].name}" if len(same) > 1 else ""
-        resident = _span([block.resident_bytes for block in same])
-        streamed = _span([block.streamed_bytes for block in same])
-        name = f"{same[0].name}{last}"
-        rows.append((name, str(len(same)), format_bytes(each), resident, streamed))
-    return table(rows)
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table for people: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  " + "  ".join([first.ljust(widths[0]), *cells]))
-    return lines

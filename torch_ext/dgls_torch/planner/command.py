@@ -10,6 +10,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dgls_torch.blocks import find_blocks
 from dgls_torch.config import StreamConfig
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.header import json_object
@@ -20,7 +21,7 @@ from dgls_torch.planner.modules import LATENCY_S
 from dgls_torch.planner.sizes import ModelSizes, sizes_of
 from dgls_torch.planner.skeleton import checkpoint
 from dgls_torch.planner.sweep import Point, curve, stall_free_budget
-from dgls_torch.report import table
+from dgls_torch.tables import table
 from dgls_torch.units import format_bytes, format_seconds, parse_bytes, parse_rate, parse_seconds
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _FILE_MOST = 100_000_000
 _BLOCKS_MOST = 100_000
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
-_OF_MODEL = ("tflops", "tokens", "blocks")
+_OF_MODEL = ("tflops", "tokens", "blocks", "unit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", help="tokens of a pass (default 4096, an image of 1024 x 1024)")
     add("--latency", help="what each copy takes beside its bytes (default 10us)")
     add("--blocks", help="prefixes of the blocks' names, if they are not found: a,b")
+    add("--unit", help="what is streamed at a time: block (default) or layer")
     add("--resident", help="blocks that stay whole, all others are streamed whole: 0,1,5-9")
     add("--prefetch", help="the most streamed blocks that are copied ahead of the running one")
     add("--verify", action="store_true", help="also solve for the optimum over all policies")
@@ -139,7 +141,10 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
     if arguments.model is None:
         raise ValueError("a MODEL.safetensors is needed, or --inputs FILE.json; see --help")
     source = SafetensorsSource(arguments.model)
-    model, others = checkpoint(source)
+    unit = "block" if arguments.unit is None else arguments.unit
+    if unit not in ("block", "layer"):
+        raise ValueError(f"--unit needs block or layer, found {unit!r}")
+    model, others = checkpoint(source, layers=unit == "layer")
     notes = []
     if others:
         notes.append(
@@ -147,16 +152,19 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
             "encoders, which are not planned for"
         )
     blocks = None if arguments.blocks is None else arguments.blocks.split(",")
-    config = StreamConfig(blocks=blocks, device="cpu")
+    config = StreamConfig(blocks=blocks, unit=unit, device="cpu")
+    name = source.path.name
+    try:
+        _ = find_blocks(model) if blocks is None else None
+    except ValueError as error:
+        raise ValueError(
+            f"{name} holds no repeated blocks: no names such as blocks.0.* and blocks.1.* in it; "
+            "give the prefixes of its blocks with --blocks"
+        ) from error
     try:
         return sizes_of(model, config), notes
     except ValueError as error:
-        if blocks is not None:
-            raise ValueError(f"{source.path.name}: {error}") from error
-        raise ValueError(
-            f"{source.path.name} holds no repeated blocks: no names such as blocks.0.* and "
-            "blocks.1.* in it; give the prefixes of its blocks with --blocks"
-        ) from error
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _inputs_of_model(arguments: argparse.Namespace, sizes: ModelSizes) -> Inputs:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dgls_torch.planner.form import DoesNotFit, block_sizes, compute_seconds, solve
 from dgls_torch.planner.sweep import least_budget
-from dgls_torch.report import BlockPlan, block_table, table
+from dgls_torch.report import BlockPlan
+from dgls_torch.tables import block_table, table
 from dgls_torch.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:

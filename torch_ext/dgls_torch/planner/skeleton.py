@@ -34,8 +34,17 @@ class _Members(Checkpoint, nn.ModuleDict):
     """Modules of one name that differ by their index alone."""
 
 
-def checkpoint(source: SafetensorsSource) -> tuple[Checkpoint, int]:
+class _Layer(Checkpoint, nn.Linear):
+    """What a file tells of a linear or convolution layer or a multi-head attention."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+def checkpoint(source: SafetensorsSource, *, layers: bool = False) -> tuple[Checkpoint, int]:
     """Returns the model of a file, and the bytes of other models in that file.
+
+    With ``layers`` what holds a matrix by the name of a layer's is one, for `layers_of` to find.
 
     Raises:
         ValueError: There are no tensors, or names nest deeper than any model's.
@@ -57,7 +66,7 @@ def checkpoint(source: SafetensorsSource) -> tuple[Checkpoint, int]:
         found = source.lookup(name)[1]
         kept += found.bytes
         _insert(tree, path, torch.empty(found.shape, dtype=found.dtype, device="meta"))
-    return _made(tree), source.bytes - kept
+    return _made(tree, layers), source.bytes - kept
 
 
 def _insert(tree: dict[str, object], path: list[str], tensor: torch.Tensor) -> None:
@@ -69,16 +78,22 @@ def _insert(tree: dict[str, object], path: list[str], tensor: torch.Tensor) -> N
     tree[path[-1]] = tensor
 
 
-def _made(tree: dict[str, object]) -> Checkpoint:
-    module = _Members() if _is_indexed(tree) else Checkpoint()
+def _made(tree: dict[str, object], layers: bool) -> Checkpoint:
+    kind = _Layer if layers and _is_layer(tree) else _Members if _is_indexed(tree) else Checkpoint
+    module = kind()
     # Written past nn.Module's own checks: a file may call a tensor "forward" or "".
     for key in _in_order_of_use(tree):
         value = tree[key]
         if isinstance(value, torch.Tensor):
             module._parameters[key] = nn.Parameter(value, requires_grad=False)
         elif isinstance(value, dict):
-            module._modules[key[:-1]] = _made(value)
+            module._modules[key[:-1]] = _made(value, layers)
     return module
+
+
+def _is_layer(tree: dict[str, object]) -> bool:
+    tensors = [tree.get("weight"), tree.get("in_proj_weight")]
+    return any(isinstance(tensor, torch.Tensor) and tensor.dim() > 1 for tensor in tensors)
 
 
 def _is_indexed(tree: dict[str, object]) -> bool:
