@@ -56,12 +56,13 @@ class Exactness:
     ) -> None:
         self.server, self.entry, self.expected = server, entry, expected
         self.kind = {"weight_dtype": way.weight_dtype}
-        self.total, self.least = way.bytes(entry), 0
+        self.total, self.least, self.blocks = way.bytes(entry), 0, 0
         self.results: dict[str, str] = {}
 
     def run(self, *, full: bool = True) -> dict[str, str]:
         for share in SHARES:
             self.check(f"{share} %", lambda share=share: self.streamed(share))
+        self.check("layers", self.layers)
         if full:
             lora_node = lora(self.entry["lora"])
             half = stream(self.half)
@@ -98,6 +99,18 @@ class Exactness:
         assert data["reason"] is None, data["reason"]
         assert data["streamed_bytes"] > 0
         assert data["uses"] > 0
+        self.blocks = len(data["blocks"])
+        return compared(self.expected["plain"], outputs["save"])
+
+    def layers(self) -> str:
+        """Streams layer by layer with less than blocks need, or with a quarter of all weights."""
+        vram = max(self.total // 4, self.least - 1)
+        workflow = reported(sampled(self.entry, stream(vram, unit="layer"), **self.kind))
+        outputs = self.server.run(workflow)
+        data = json.loads(outputs["report"]["dgls_report"][0])
+        assert data["reason"] is None, data["reason"]
+        assert data["streamed_bytes"] > 0
+        assert len(data["blocks"]) > self.blocks
         return compared(self.expected["plain"], outputs["save"])
 
     def reported(self, vram: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def lora(file: str, strength: float = 1.0) -> dict[str, Any]:
     return node("LoraLoaderModelOnly", lora_name=file, strength_model=strength)
 
 
-def stream(vram: object) -> dict[str, Any]:
-    return node("DGLSStream", vram=str(vram))
+def stream(vram: object, **inputs: str) -> dict[str, Any]:
+    return node("DGLSStream", vram=str(vram), **inputs)
 
 
 def sampled(

@@ -223,7 +223,7 @@ def bits(model: Any) -> dict[str, bytes]:
 
 
 def settings(model: Any, share: float = 0.6, **fields: Any) -> Settings:
-    sizes = sizes_of(model.model, Settings())
+    sizes = sizes_of(model.model, Settings(unit=fields.get("unit", "block")))
     vram = max(sizes.least_bytes, int(share * sizes.total_bytes))
     return Settings(vram_bytes=vram, **fields)
 

@@ -293,6 +293,29 @@ def test_a_model_that_cannot_stream_is_passed_through(caplog: pytest.LogCaptureF
     assert "passed through" in caplog.text
 
 
+def test_layers_by_the_node(caplog: pytest.LogCaptureFixture) -> None:
+    model = patcher()
+    made = DGLSStream.execute(model, vram=vram_of(model), unit="layer").args[0]
+    assert torch.equal(sample(made), sample(patcher()))
+    sample(made)
+    blocks = residency(made).stream.plan.blocks  # type: ignore[union-attr]
+    assert {block.name.rpartition(".")[2] for block in blocks} == {"up", "down"}
+
+    class Norms(Flux):
+        """Blocks without a layer."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.double_blocks = self.single_blocks = torch.nn.ModuleList(
+                torch.nn.LayerNorm(WIDTH) for _ in range(4)
+            )
+
+    model = patcher(Norms)
+    with caplog.at_level(logging.WARNING):
+        assert DGLSStream.execute(model, unit="layer").args[0] is model
+    assert 'passed through as it is: unit="layer" needs blocks that hold layers' in caplog.text
+
+
 @pytest.mark.parametrize("use_comfy_clear", [True, False])
 def test_cleanup(use_comfy_clear: bool) -> None:
     model = patcher()

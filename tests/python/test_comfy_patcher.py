@@ -29,9 +29,13 @@ from comfy_world import (
     settings,
     streamed,
 )
+from torch import nn
 
+from dgls_torch.blocks import layers_of
 from dgls_torch.comfy.attach import stream_model
-from dgls_torch.comfy.settings import LoraMode
+from dgls_torch.comfy.containers import is_operation, network_blocks
+from dgls_torch.comfy.residency import sizes_of
+from dgls_torch.comfy.settings import LoraMode, Settings
 
 KEY = "diffusion_model.double_blocks.1.up.weight"
 
@@ -42,13 +46,17 @@ def _nothing_is_loaded() -> Any:
     free_all()
 
 
+UNITS = pytest.mark.parametrize("unit", ["block", "layer"])
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+@UNITS
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_every_network_in_every_budget(kind: Any, share: float) -> None:
+def test_every_network_in_every_budget(kind: Any, unit: str, share: float) -> None:
     expected = sample(patcher(kind))
     model = patcher(kind)
     before = bits(model)
-    stream = streamed(model, share)
+    stream = streamed(model, share, unit=unit)
     for _ in range(2):
         assert same(sample(stream), expected)
     report = residency(stream).stream.report()  # type: ignore[union-attr]
@@ -80,7 +88,8 @@ def test_nothing_is_hooked_outside_of_a_run() -> None:
 
 @pytest.mark.parametrize("mode", list(LoraMode))
 @pytest.mark.parametrize("before", [True, False])
-def test_a_lora_before_or_after(mode: LoraMode, before: bool) -> None:
+@UNITS
+def test_a_lora_before_or_after(mode: LoraMode, before: bool, unit: str) -> None:
     plain = patcher().clone()
     plain.add_patches(difference(plain, KEY, 0.25), 0.5)
     expected = sample(plain)
@@ -89,7 +98,7 @@ def test_a_lora_before_or_after(mode: LoraMode, before: bool) -> None:
     made = model.clone()
     if before:
         made.add_patches(difference(made, KEY, 0.25), 0.5)
-    made = streamed(made, lora=mode)
+    made = streamed(made, lora=mode, unit=unit)
     if not before:
         made = made.clone()
         made.add_patches(difference(made, KEY, 0.25), 0.5)
@@ -97,13 +106,59 @@ def test_a_lora_before_or_after(mode: LoraMode, before: bool) -> None:
     assert same(sample(made), expected)
 
 
-def test_a_lora_of_a_resident_part() -> None:
-    key = "diffusion_model.first.weight"
+PARTS = [("first.weight", "block"), ("double_blocks.1.norm.weight", "layer")]
+
+
+@pytest.mark.parametrize(("part", "unit"), PARTS)
+def test_a_lora_of_a_resident_part(part: str, unit: str) -> None:
+    key = f"diffusion_model.{part}"
     plain = patcher()
     plain.add_patches(difference(plain, key, 0.1))
-    stream = streamed(patcher())
+    stream = streamed(patcher(), unit=unit)
     stream.add_patches(difference(stream, key, 0.1))
     assert same(sample(stream), sample(plain))
+
+
+def test_layers_leave_the_rest_of_a_block_to_comfyui() -> None:
+    model = patcher()
+    stream = streamed(model, 0.0, unit="layer")
+    net, sizes = model.model.diffusion_model, sizes_of(model.model, Settings())
+    assert sample(stream) is not None
+    plan = residency(stream).stream.plan  # type: ignore[union-attr]
+    layers = [f"{n}.{layer}" for n, _ in network_blocks(net) for layer in ("up", "down")]
+    assert [block.name for block in plan.blocks] == layers
+    assert plan.vram_bytes < sizes.least_bytes, "less than a block is enough"
+    block = net.double_blocks[0]
+    assert block.norm.comfy_patched_weights, "loaded by ComfyUI"
+    assert not hasattr(block.norm, "prev_comfy_cast_weights")
+    assert hasattr(block.up, "prev_comfy_cast_weights"), "cast at use, as offloaded ones are"
+
+
+def test_blocks_after_layers_and_layers_after_blocks() -> None:
+    model = patcher()
+    expected = sample(model)
+    before = bits(model)
+    for unit in ("block", "layer", "block"):
+        stream = streamed(model, unit=unit)  # kept: what is dropped gives all back
+        assert same(sample(stream), expected)
+        names = {b.name for b in residency(model).stream.plan.blocks}  # type: ignore[union-attr]
+        assert ("double_blocks.0.up" in names) == (unit == "layer")
+    assert same(sample(model), expected)
+    assert bits(model) == before
+
+
+def test_an_operation_of_comfyuis_own_is_a_layer() -> None:
+    """Its layer for mixed precision is none of torch's."""
+
+    class Own(nn.Module):
+        comfy_cast_weights = False
+
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(shape))
+
+    block = nn.ModuleDict({"norm": Own(8), "matrix": Own(8, 8), "plain": nn.LayerNorm(8)})
+    assert [name for name, _ in layers_of([("b", block)], is_operation)] == ["b.matrix"]
 
 
 def test_a_change_of_lora_keeps_what_is_on_the_device() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from dgls_torch.config import StreamConfig
 
@@ -105,15 +105,20 @@ def chosen_blocks(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[N
     return _unique(found)
 
 
-def layers_of(blocks: list[Named]) -> list[Named]:
-    """The linear and convolution layers and multi-head attentions in blocks, in their order.
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear or convolution layer or a multi-head attention."""
+    return isinstance(module, _LAYERS)
+
+
+def layers_of(blocks: list[Named], is_one: Callable[[nn.Module], bool] = is_layer) -> list[Named]:
+    """The outermost modules in blocks that are layers, in their order.
 
     What else a block holds belongs to none of them.
 
     Raises:
         ValueError: There is no layer.
     """
-    found = _unique([layer for name, block in blocks for layer in _layers(name, block)])
+    found = _unique([layer for name, block in blocks for layer in _layers(name, block, is_one)])
     if not found:
         kinds = ", ".join(sorted({type(block).__name__ for _, block in blocks}))
         raise ValueError(
@@ -123,12 +128,12 @@ def layers_of(blocks: list[Named]) -> list[Named]:
     return found
 
 
-def _layers(path: str, module: nn.Module) -> Iterator[Named]:
-    if isinstance(module, _LAYERS):
+def _layers(path: str, module: nn.Module, is_one: Callable[[nn.Module], bool]) -> Iterator[Named]:
+    if is_one(module):
         yield path, module
         return
     for name, child in module.named_children():
-        yield from _layers(f"{path}.{name}" if path else name, child)
+        yield from _layers(f"{path}.{name}" if path else name, child, is_one)
 
 
 def check_disjoint(blocks: list[Named]) -> None:

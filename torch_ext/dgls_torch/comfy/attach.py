@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from comfy.model_patcher import ModelPatcher
 
-from dgls_torch.comfy.containers import network_blocks, unsupported
+from dgls_torch.comfy.containers import unsupported
 from dgls_torch.comfy.oom import with_room
 from dgls_torch.comfy.patcher import KEY, StreamPatcher
-from dgls_torch.comfy.residency import sizes_of
+from dgls_torch.comfy.residency import sizes_of, streamed_blocks
 
 if TYPE_CHECKING:
     from dgls_torch.comfy.settings import Settings
@@ -45,7 +45,7 @@ def stream_model(model: Any, settings: Settings, *, private: bool = False) -> St
     if reason is not None:
         raise NotStreamableError(f"{type(net).__name__}: {reason}")
     try:
-        network_blocks(net)
+        streamed_blocks(net, settings)
     except ValueError as error:
         raise NotStreamableError(str(error)) from error
     made.set_attachments(KEY, settings)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dgls_torch.blocks import find_blocks
+from dgls_torch.blocks import find_blocks, is_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,6 +119,13 @@ def network_blocks(net: nn.Module) -> list[Named]:
     unique = {id(module): (name, module) for name, module in reversed(found)}
     blocks = [block for block in reversed(unique.values()) if _has_weights(block[1])]
     return blocks or find_blocks(net)
+
+
+def is_operation(module: nn.Module) -> bool:
+    """Whether a module is a layer, also one of ComfyUI's that torch has none for."""
+    weight = module._parameters.get("weight")
+    casts = hasattr(module, "comfy_cast_weights") and weight is not None and weight.dim() > 1
+    return casts or is_layer(module)
 
 
 def _known(net: nn.Module) -> tuple[str, ...]:

@@ -223,14 +223,21 @@ class DGLSStream(io.ComfyNode):  # type: ignore[misc]
                 io.String.Input(
                     "vram", default="auto", optional=True, tooltip=tooltips.STREAM["vram"]
                 ),
+                io.Combo.Input(
+                    "unit",
+                    options=["block", "layer"],
+                    default="block",
+                    optional=True,
+                    tooltip=tooltips.STREAM["unit"],
+                ),
             ],
             outputs=[io.Model.Output("MODEL", display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model: Any, vram: str = "auto") -> io.NodeOutput:
+    def execute(cls, model: Any, vram: str = "auto", unit: str = "block") -> io.NodeOutput:
         """Clones the model for streaming; what cannot stream is passed through with a sentence."""
-        settings = Settings(vram_bytes=parse_vram(vram))
+        settings = Settings(vram_bytes=parse_vram(vram), unit=unit)
         try:
             return io.NodeOutput(stream_model(model, settings))
         except NotStreamableError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import dgls_torch
-from dgls_torch.comfy.containers import network_blocks
+from dgls_torch.blocks import layers_of
+from dgls_torch.comfy.containers import is_operation, network_blocks
 from dgls_torch.comfy.pins import Pins
 from dgls_torch.comfy.sizes import measure
 
@@ -166,13 +167,14 @@ class Residency:
 
 
 def streamed_blocks(net: nn.Module, settings: Settings) -> list[tuple[str, nn.Module]]:
-    """The blocks of a network that settings leave to the engine.
+    """The blocks of a network that settings leave to the engine, or the layers in them.
 
     Raises:
-        ValueError: The network has no blocks.
+        ValueError: The network has no blocks, or no layers in them.
     """
     resident = set(settings.resident or ())
-    return [block for block in network_blocks(net) if block[0] not in resident]
+    blocks = [block for block in network_blocks(net) if block[0] not in resident]
+    return layers_of(blocks, is_operation) if settings.unit == "layer" else blocks
 
 
 def sizes_of(model: nn.Module, settings: Settings) -> Sizes:

@@ -30,6 +30,7 @@ class Settings:
         vram_bytes: Budget for all weights on the device; ``None`` takes what ComfyUI offers.
         resident: Names of blocks that stay on the device; the others are streamed then, through
             ``slots`` of them at a time. ``None`` lets the planner choose.
+        unit: What is streamed at a time: ``"block"``, or ``"layer"``, each layer of the blocks.
         slots: Blocks on the device at a time, of those that are streamed, when ``resident`` is
             given.
         reserve_bytes: What an automatic budget leaves for LoRA weights.
@@ -39,6 +40,7 @@ class Settings:
 
     vram_bytes: int | None = None
     resident: tuple[str, ...] | None = None
+    unit: str = "block"
     slots: int = 2
     reserve_bytes: int = 0
     lora: LoraMode = LoraMode.ON_THE_FLY

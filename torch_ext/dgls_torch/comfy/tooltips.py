@@ -62,7 +62,14 @@ SWAPPER = {
     ),
 }
 
-STREAM = {"model": "Any MODEL: from a loader, a checkpoint, after LoRAs.", "vram": VRAM}
+STREAM = {
+    "model": "Any MODEL: from a loader, a checkpoint, after LoRAs.",
+    "vram": VRAM,
+    "unit": (
+        "What is copied at a time. layer: each layer of a block by itself; more of the model stays "
+        "on the GPU, less memory is enough, and each layer costs the CPU what a block does."
+    ),
+}
 
 CLEANUP = {
     "trigger": "Anything; it is passed through. The cleanup runs when it is there.",
