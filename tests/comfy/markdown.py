@@ -35,7 +35,8 @@ ABOUT = {
     "contract": "What the nodes use of ComfyUI is there, and the tests of the fake hold with it.",
     "networks": (
         "Every other network class of comfy/ldm by itself: two forwards each at 25, 50 and 75 % of "
-        "the weights, and plain afterwards; each of its containers ran streamed blocks. "
+        "the weights, by layers at 25, and plain afterwards; each of its containers ran streamed "
+        "blocks. "
         "MiniMaxMusic3DiT is left out, as its dimensions are fixed at 7 GB; WanAnimate2Model is "
         "not streamed, as its blocks are run through other methods than forward."
     ),

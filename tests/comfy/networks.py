@@ -1,8 +1,9 @@
 """Every network class of comfy/ldm by itself: streamed, its forward gives the same bits as plain.
 
-``networks.py COMFYUI_DIR RESULTS.json [CLASS ...]``, run by ComfyUI's own Python. Tiny networks
-with seeded weights are loaded by ComfyUI's model management and called with seeded arguments. Each
-container of the table of blocks has to have run a streamed block.
+``networks.py COMFYUI_DIR RESULTS.json [--device cuda] [CLASS ...]``, run by ComfyUI's own Python.
+Tiny networks with seeded weights are loaded by ComfyUI's model management and called with seeded
+arguments, streamed by blocks and by layers. Each container of the table of blocks has to have run a
+streamed block. On a GPU a weight that a layer's owner uses by itself would be on the host.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-SHARES = (0.25, 0.5, 0.75)
+WAYS = (("block", 0.25), ("block", 0.5), ("block", 0.75), ("layer", 0.25))
 
 
-def prepare(comfyui: str) -> None:
+def prepare(comfyui: str, device: str) -> None:
     sys.path.insert(0, comfyui)
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = device == "cpu"
     args.use_pytorch_cross_attention = True
 
 
@@ -50,7 +51,7 @@ def network(path: str, build: dict[str, Any]) -> Any:
     return net.requires_grad_(False).eval()
 
 
-def patcher(net: Any) -> Any:
+def patcher(net: Any, device: str) -> Any:
     import torch
     from comfy.model_patcher import ModelPatcher
 
@@ -62,8 +63,7 @@ def patcher(net: Any) -> Any:
             self.diffusion_model = net
             self.device, self.manual_cast_dtype, self.current_patcher = None, None, None
 
-    cpu = torch.device("cpu")
-    return ModelPatcher(Base(), cpu, cpu)
+    return ModelPatcher(Base(), torch.device(device), torch.device("cpu"))
 
 
 def run(model: Any, call: Any) -> list[Any]:
@@ -84,13 +84,14 @@ def run(model: Any, call: Any) -> list[Any]:
 
 def forward(model: Any, call: Any) -> Any:
     import torch
+    from torch.utils._pytree import tree_map_only
 
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> Any:
         return torch.randn(shape, generator=generator)
 
-    arguments = call(random)
+    arguments = tree_map_only(torch.Tensor, lambda t: t.to(model.load_device), call(random))
     arguments.setdefault("transformer_options", {})
     net = model.model.diffusion_model
     known = inspect.signature(net.forward).parameters
@@ -130,7 +131,7 @@ def watched(net: Any) -> set[str]:
     return seen
 
 
-def checked(spec: dict[str, Any]) -> str:
+def checked(spec: dict[str, Any], device: str) -> str:
     """Yes, or what is wrong."""
     import torch
     from comfy.model_management import unload_all_models
@@ -141,24 +142,24 @@ def checked(spec: dict[str, Any]) -> str:
     from dgls_torch.comfy.settings import Settings
 
     name = spec["net"].rpartition(".")[2]
-    model = patcher(network(spec["net"], spec["build"]))
+    model = patcher(network(spec["net"], spec["build"]), device)
     expected = run(model, spec["call"])
     if not all(torch.isfinite(t).all() for t in expected) or not any(t.any() for t in expected):
         return "failed: the plain result is nothing to compare with"
-    sizes = sizes_of(model.model, Settings())
     seen = watched(model.model.diffusion_model)
-    for share in SHARES:
+    for unit, share in WAYS:
+        sizes = sizes_of(model.model, Settings(unit=unit))
         vram = max(sizes.least_bytes, int(share * sizes.total_bytes))
-        stream = stream_model(model, Settings(vram_bytes=vram))
+        stream = stream_model(model, Settings(vram_bytes=vram, unit=unit))
         found = run(stream, spec["call"])
         latest = Residency.of(model.model).latest
         if latest is None:
             return f"failed: not streamed: {Residency.of(model.model).passed_by}"
         report = latest.report()
         if len(found) != len(expected) or not all(map(torch.equal, expected, found)):
-            return f"failed: differs at {share:.0%}"
+            return f"failed: differs by {unit}s at {share:.0%}"
         if report.plan.streamed_bytes == 0 and vram < sizes.total_bytes:
-            return f"failed: nothing was streamed at {share:.0%}"
+            return f"failed: nothing was streamed by {unit}s at {share:.0%}"
     idle = [
         path
         for path in CONTAINERS[name]
@@ -173,7 +174,9 @@ def checked(spec: dict[str, Any]) -> str:
 
 def main() -> None:
     comfyui, results, *names = sys.argv[1:]
-    prepare(comfyui)
+    device = names[1] if names[:1] == ["--device"] else "cpu"
+    names = names[2 if names[:1] == ["--device"] else 0 :]
+    prepare(comfyui, device)
     from more_network_specs import SPECS as MORE
     from network_specs import SPECS
     from specs import SPECS as SERVED
@@ -186,7 +189,7 @@ def main() -> None:
         assert name not in done, f"{name} is checked over HTTP already"
         began = time.monotonic()
         try:
-            found[name] = checked(spec)
+            found[name] = checked(spec, device)
         except Exception:
             found[name] = "failed: " + "".join(traceback.format_exc().splitlines(True)[-7:])
         print(f"network {name}: {found[name]} ({time.monotonic() - began:.0f} s)", flush=True)
