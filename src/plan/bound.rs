@@ -17,7 +17,7 @@
 
 use microlp::{ComparisonOp, OptimizationDirection, Problem as Lp, SolveOutcome, Variable};
 
-use super::problem::Problem;
+use super::problem::{Problem, Slot};
 use super::{Profile, Result};
 use crate::error::Error;
 use crate::units::real;
@@ -61,7 +61,7 @@ pub(super) struct Group {
 
 /// The optimum, and the streamed bytes of each use with which it is reached.
 pub(super) fn solution_of(problem: &Problem) -> Result<(f64, Vec<f64>)> {
-    let group = |slot: &super::problem::Slot| Group {
+    let group = |slot: &Slot| Group {
         bytes: real(problem.bytes[slot.block]),
         parts: 1.0,
         compute_s: slot.compute_s,

@@ -36,9 +36,9 @@ ABOUT = {
     "networks": (
         "Every other network class of comfy/ldm by itself: two forwards each at 25, 50 and 75 % of "
         "the weights, by layers at 25, and plain afterwards; each of its containers ran streamed "
-        "blocks. "
-        "MiniMaxMusic3DiT is left out, as its dimensions are fixed at 7 GB; WanAnimate2Model is "
-        "not streamed, as its blocks are run through other methods than forward."
+        "blocks. MiniMaxMusic3DiT is left out, as its dimensions are fixed at 7 GB; "
+        "WanAnimate2Model is not streamed, as its blocks are run through other methods than "
+        "forward."
     ),
     "scenarios": "One server, one after the other, on the same model.",
     "scenarios, dynamic VRAM": "One server, one after the other; on FLUX, as there the tiny WAN "

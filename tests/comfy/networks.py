@@ -8,6 +8,7 @@ streamed block. On a GPU a weight that a layer's owner uses by itself would be o
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
@@ -173,10 +174,13 @@ def checked(spec: dict[str, Any], device: str) -> str:
 
 
 def main() -> None:
-    comfyui, results, *names = sys.argv[1:]
-    device = names[1] if names[:1] == ["--device"] else "cpu"
-    names = names[2 if names[:1] == ["--device"] else 0 :]
-    prepare(comfyui, device)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("comfyui")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("names", nargs="*", metavar="CLASS", help="all if not given")
+    options = parser.parse_args()
+    prepare(options.comfyui, options.device)
     from more_network_specs import SPECS as MORE
     from network_specs import SPECS
     from specs import SPECS as SERVED
@@ -184,16 +188,16 @@ def main() -> None:
     done = {spec["net"].rpartition(".")[2] for spec in SERVED.values()}
     found: dict[str, str] = {}
     for name, spec in (SPECS | MORE).items():
-        if names and name not in names:
+        if options.names and name not in options.names:
             continue
         assert name not in done, f"{name} is checked over HTTP already"
         began = time.monotonic()
         try:
-            found[name] = checked(spec, device)
+            found[name] = checked(spec, options.device)
         except Exception:
             found[name] = "failed: " + "".join(traceback.format_exc().splitlines(True)[-7:])
         print(f"network {name}: {found[name]} ({time.monotonic() - began:.0f} s)", flush=True)
-    Path(results).write_text(json.dumps(found, indent=1))
+    options.results.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

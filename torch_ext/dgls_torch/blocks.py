@@ -22,6 +22,10 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 """Attention uses the weights of its last layer without calling it, so it is taken as a whole."""
 
 
+class NoBlocksError(ValueError):
+    """A model has no repeated blocks."""
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all parameters below a module, shared ones once; wrapper subclasses as declared."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
@@ -37,7 +41,7 @@ def find_blocks(model: nn.Module) -> list[Named]:
     this covers at least half of the weights.
 
     Raises:
-        ValueError: There is no such container.
+        NoBlocksError: There is no such container.
     """
     total = weight_bytes(model)
     fine = list(_collect(model, "", total // 4, total // 50))
@@ -45,7 +49,7 @@ def find_blocks(model: nn.Module) -> list[Named]:
     blocks = fine if 2 * sum(weight_bytes(m) for _, m in fine) >= total else coarse
     blocks = _unique(blocks)
     if not blocks:
-        raise ValueError(
+        raise NoBlocksError(
             f"no repeated blocks were found in {type(model).__name__}: no ModuleList, ModuleDict "
             'or Sequential with two or more members of one class; name them with blocks=["..."]'
         )

@@ -16,6 +16,9 @@ from dgls_torch.units import KIB, MIB, parse_budget, parse_bytes
 if TYPE_CHECKING:
     import torch
 
+UNITS = ("block", "layer")
+"""What can be streamed at a time; the first by default."""
+
 _DEVICE = re.compile(r"(cuda)(?::(0|[1-9][0-9]{0,3}))?|(cpu)(?::0)?")
 _STAGING_LEAST = 4 * KIB
 _TRACE_MOST = 1024
@@ -108,7 +111,7 @@ class StreamConfig:
     vram: int | float | str = "auto"
     device: str | torch.device | None = None
     blocks: Iterable[Any] | None = None
-    unit: str = "block"
+    unit: str = UNITS[0]
     exclude: Iterable[str] = ()
     source: str | os.PathLike[str] = "tensors"
     pinned: int | float | str = "auto"
@@ -263,7 +266,7 @@ def _unit(value: object) -> str:
     needed = '"block" or "layer"'
     if not isinstance(value, str):
         raise _wrong_type("unit", needed, value)
-    if value not in ("block", "layer"):
+    if value not in UNITS:
         raise ValueError(f"unit needs {needed}, found {value!r}")
     return value
 

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use super::Search;
+use super::{Search, streamed_at_most};
 use crate::plan::bound::{Group, solution_of_groups};
 use crate::plan::level::diffuse;
 use crate::plan::problem::Slot;
@@ -45,19 +45,19 @@ impl Search<'_> {
             return; // the program counts the bytes of a block that runs twice twice
         }
         let missing = real(problem.total_bytes().saturating_sub(problem.budget_bytes));
+        let ways = GROUPS.map(|count| self.neighbours(count));
         let mut found: Vec<(f64, Wanted)> = Vec::new();
         for largest in self.largest_sizes() {
             let most = self.most_of_uses(largest);
             if most.iter().sum::<f64>() <= missing {
                 break;
             }
-            for count in GROUPS {
-                let groups = self.neighbours(count);
+            for groups in &ways {
                 let made: Vec<Group> = groups.iter().map(|of| self.group(of, &most)).collect();
                 // Where so much stays, there may be no room for the rest.
                 let Ok((_, copied)) = solution_of_groups(problem, &made) else { continue };
                 for by_compute in BY_COMPUTE {
-                    let spread = self.spread(&groups, &copied, &most, by_compute);
+                    let spread = self.spread(groups, &copied, &most, by_compute);
                     for excess in EXCESS {
                         let bytes = spread.iter().map(|bytes| bytes * (1.0 + excess)).collect();
                         let wanted = Wanted { bytes, largest: real(largest) };
@@ -78,10 +78,7 @@ impl Search<'_> {
     /// The largest sizes that uses can stream, descending.
     fn largest_sizes(&self) -> Vec<u64> {
         let problem = self.problem();
-        let most = |slot: &Slot| {
-            let splits = problem.splits(slot.block);
-            splits.bytes(splits.last())
-        };
+        let most = |slot: &Slot| streamed_at_most(problem, slot.block);
         let mut sizes: Vec<u64> = problem.uses.iter().map(most).filter(|&most| most > 0).collect();
         sizes.sort_unstable_by_key(|&bytes| std::cmp::Reverse(bytes));
         sizes.dedup();

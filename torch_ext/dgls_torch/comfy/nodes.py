@@ -16,6 +16,7 @@ from dgls_torch.comfy.containers import network_blocks
 from dgls_torch.comfy.layers import Layers, layer_names, parse_indices
 from dgls_torch.comfy.residency import Residency
 from dgls_torch.comfy.settings import LoraMode, Settings, parse_vram
+from dgls_torch.config import UNITS
 
 log = logging.getLogger("dgls_torch")
 CATEGORY = "loaders"
@@ -225,8 +226,8 @@ class DGLSStream(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.Combo.Input(
                     "unit",
-                    options=["block", "layer"],
-                    default="block",
+                    options=list(UNITS),
+                    default=UNITS[0],
                     optional=True,
                     tooltip=tooltips.STREAM["unit"],
                 ),

@@ -10,8 +10,8 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dgls_torch.blocks import find_blocks
-from dgls_torch.config import StreamConfig
+from dgls_torch.blocks import NoBlocksError
+from dgls_torch.config import UNITS, StreamConfig
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.header import json_object
 from dgls_torch.planner.chart import plot
@@ -142,8 +142,8 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
         raise ValueError("a MODEL.safetensors is needed, or --inputs FILE.json; see --help")
     source = SafetensorsSource(arguments.model)
     unit = "block" if arguments.unit is None else arguments.unit
-    if unit not in ("block", "layer"):
-        raise ValueError(f"--unit needs block or layer, found {unit!r}")
+    if unit not in UNITS:
+        raise ValueError(f"--unit needs {' or '.join(UNITS)}, found {unit!r}")
     model, others = checkpoint(source, layers=unit == "layer")
     notes = []
     if others:
@@ -155,14 +155,12 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
     config = StreamConfig(blocks=blocks, unit=unit, device="cpu")
     name = source.path.name
     try:
-        _ = find_blocks(model) if blocks is None else None
-    except ValueError as error:
+        return sizes_of(model, config), notes
+    except NoBlocksError as error:
         raise ValueError(
             f"{name} holds no repeated blocks: no names such as blocks.0.* and blocks.1.* in it; "
             "give the prefixes of its blocks with --blocks"
         ) from error
-    try:
-        return sizes_of(model, config), notes
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
