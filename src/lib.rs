@@ -2,10 +2,11 @@
 //! the block runs, while the block before it computes.
 //!
 //! In reading order: [`plan`] decides once what lives where, [`engine`] decides and does what has
-//! to be enqueued at each block, [`pool`] holds the memory, [`driver`] is the device. Only
-//! `bridge.rs` is known to C++.
+//! to be enqueued at each block, [`pool`] holds the memory, [`codec`] makes weights smaller on
+//! their way, [`driver`] is the device. Only `bridge.rs` is known to C++.
 
 mod bridge;
+pub mod codec;
 pub mod driver;
 pub mod engine;
 mod error;
