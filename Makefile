@@ -29,7 +29,8 @@ sources := $(wildcard Cargo.toml Cargo.lock README.md build.rs setup.py pyprojec
 	$(shell find src csrc -type f 2>/dev/null) $(shell find torch_ext -name '*.py' 2>/dev/null) \
 	$(wildcard scripts/*.py scripts/exports.map)
 shell_scripts := $(shell grep -sl '^\#!/usr/bin/env bash' scripts/* .ci/run)
-cxx_sources := $(shell find csrc -name '*.cpp' -o -name '*.c' -o -name '*.h' 2>/dev/null)
+cxx_sources := $(shell find csrc tests/kernels src/driver/cuda/kernels \
+	-name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 
 .PHONY: help
 help: ## list these targets
@@ -165,7 +166,7 @@ lint-licences: | preflight-check
 
 # ---- packages
 
-.PHONY: wheel sdist prebuilt bindings clean distclean
+.PHONY: wheel sdist prebuilt bindings ptx clean distclean
 wheel: $(build)/wheel ## build dist/dgls_torch-*.whl
 	@ls dist/dgls_torch-*.whl
 
@@ -184,6 +185,11 @@ bindings: $(main)/.ready ## make the committed Rust bindings of csrc/host/shim.h
 	  BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(cc -print-file-name=include)" \
 	  $(cargo) build --locked --package dgls_core --lib --features regen-bindings
 	@$(cargo) fmt --all
+
+# Another release of NVRTC would write other text; it is in no environment of ours.
+ptx: $(main)/.ready ## make the committed PTX of the decoding kernel anew
+	@$(python) -m pip install --quiet --upgrade --target $(build)/nvrtc nvidia-cuda-nvrtc-cu11==11.8.89
+	@PYTHONPATH=$(build)/nvrtc $(python) scripts/ptx.py
 
 clean: ## remove what was built, keep .venv
 	rm -rf $(build) build dist *.egg-info torch_ext/*.egg-info torch_ext/dgls_torch/_C.abi3.so
