@@ -50,7 +50,7 @@ pub(crate) fn describe(code: Code) -> Option<Description> {
 }
 
 // Names and texts as driver 13.0 gives them: its own answers, and failures worth injecting.
-const TABLE: [(Code, &CStr, &CStr); 35] = [
+const TABLE: [(Code, &CStr, &CStr); 37] = [
     (0, c"CUDA_SUCCESS", c"no error"),
     (1, c"CUDA_ERROR_INVALID_VALUE", c"invalid argument"),
     (2, c"CUDA_ERROR_OUT_OF_MEMORY", c"out of memory"),
@@ -64,6 +64,12 @@ const TABLE: [(Code, &CStr, &CStr); 35] = [
     (201, c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"),
     (214, c"CUDA_ERROR_ECC_UNCORRECTABLE", c"uncorrectable ECC error encountered"),
     (218, c"CUDA_ERROR_INVALID_PTX", c"a PTX JIT compilation failed"),
+    (221, c"CUDA_ERROR_JIT_COMPILER_NOT_FOUND", c"PTX JIT compiler library not found"),
+    (
+        222,
+        c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        c"the provided PTX was compiled with an unsupported toolchain.",
+    ),
     (304, c"CUDA_ERROR_OPERATING_SYSTEM", c"OS call failed or operation not supported on this OS"),
     (400, c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"),
     (401, c"CUDA_ERROR_ILLEGAL_STATE", c"the operation cannot be performed in the present state"),

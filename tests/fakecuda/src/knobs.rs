@@ -11,6 +11,7 @@ use crate::codes::{Answer, Code, INVALID_VALUE, OUT_OF_MEMORY, SUCCESS, describe
 pub(crate) enum Knob {
     LatencyUs,
     BandwidthMbps,
+    DecodeUs,
     Vram,
     PinCapacity,
     Devices,
@@ -26,6 +27,9 @@ pub(crate) enum Knob {
     FailRecordIn,
     FailWaitIn,
     FailStreamCreate,
+    FailModuleIn,
+    FailFunctionIn,
+    FailLaunchIn,
 }
 
 struct Row {
@@ -40,12 +44,13 @@ const fn row(knob: Knob, key: &'static str, variable: Option<&'static str>, defa
     Row { knob, key, variable, default }
 }
 
-const COUNT: usize = 17;
+const COUNT: usize = 21;
 
 /// In the order of [`Knob`], so that a knob is its row's index.
 const ROWS: [Row; COUNT] = [
     row(Knob::LatencyUs, "lat_us", Some("FAKECUDA_LAT_US"), 0),
     row(Knob::BandwidthMbps, "bw_mbps", Some("FAKECUDA_BW_MBPS"), 0),
+    row(Knob::DecodeUs, "decode_us", Some("FAKECUDA_DECODE_US"), 0),
     row(Knob::Vram, "vram", Some("FAKECUDA_VRAM"), 8 << 30),
     row(Knob::PinCapacity, "pin_cap", Some("FAKECUDA_PIN"), 64 << 30),
     row(Knob::Devices, "devices", Some("FAKECUDA_DEVICES"), 1),
@@ -61,6 +66,9 @@ const ROWS: [Row; COUNT] = [
     row(Knob::FailRecordIn, "fail_record_in", None, 0),
     row(Knob::FailWaitIn, "fail_wait_in", None, 0),
     row(Knob::FailStreamCreate, "fail_stream_create", None, 0),
+    row(Knob::FailModuleIn, "fail_module_in", None, 0),
+    row(Knob::FailFunctionIn, "fail_function_in", None, 0),
+    row(Knob::FailLaunchIn, "fail_launch_in", None, 0),
 ];
 
 /// The value a knob starts with.
@@ -84,7 +92,9 @@ fn takes(knob: Knob, value: i64) -> bool {
         Knob::Sticky | Knob::InitCode => code(),
         Knob::FailCode => code() && value != i64::from(SUCCESS),
         Knob::DriverVersion | Knob::Devices => u16::try_from(value).is_ok(),
-        Knob::LatencyUs | Knob::BandwidthMbps | Knob::Vram | Knob::PinCapacity => 0 <= value,
+        Knob::LatencyUs | Knob::BandwidthMbps | Knob::DecodeUs | Knob::Vram | Knob::PinCapacity => {
+            0 <= value
+        }
         Knob::NullSync => matches!(value, 0 | 1),
         Knob::FailCopyIn
         | Knob::FlipCopyIn
@@ -92,7 +102,10 @@ fn takes(knob: Knob, value: i64) -> bool {
         | Knob::FailRegisterIn
         | Knob::FailRecordIn
         | Knob::FailWaitIn
-        | Knob::FailStreamCreate => true,
+        | Knob::FailStreamCreate
+        | Knob::FailModuleIn
+        | Knob::FailFunctionIn
+        | Knob::FailLaunchIn => true,
     }
 }
 
@@ -214,6 +227,7 @@ mod tests {
         let refused = [
             ("vram_bytes", 1),
             ("vram", -1),
+            ("decode_us", -1),
             ("sticky", 4242),
             ("fail_code", 0),
             ("null_sync", 2),

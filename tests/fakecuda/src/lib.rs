@@ -27,6 +27,10 @@
 //!   driver of 12.8 or newer (`driver`) for a version that has this ABI.
 //! * Calls that free host or device memory first wait for all streams; destroying a stream or an
 //!   event waits for nothing. A destroyed handle is refused with 400.
+//! * Two kernels do something: `fill`, and `decode_bf16`, which decodes what
+//!   `docs/encoded-format.md` describes. It takes `decode_us`, reads and writes then, and fails
+//!   where a segment breaks the format or has other tiles than the launch says. Any other kernel
+//!   fails.
 //! * Created, allocated or registered things need a current context (201), and so does the NULL
 //!   stream; a call that names a stream or an event does not. Page-locking needs writable memory,
 //!   or `CU_MEMHOSTREGISTER_READ_ONLY`.
@@ -54,6 +58,7 @@
 //! |---|---|---|---|
 //! | `lat_us` | µs | 0 (`FAKECUDA_LAT_US`) | fixed time of each copy |
 //! | `bw_mbps` | MB/s, 0: infinite | 0 (`FAKECUDA_BW_MBPS`) | a copy's speed, each direction |
+//! | `decode_us` | µs | 0 (`FAKECUDA_DECODE_US`) | time of a decode, before it reads |
 //! | `vram` | bytes | 8 GiB (`FAKECUDA_VRAM`) | device memory; `cuMemAlloc` beyond it is 2 |
 //! | `pin_cap` | bytes | 64 GiB (`FAKECUDA_PIN`) | memory that may be page-locked; beyond it 2 |
 //! | `devices` | count | 1 (`FAKECUDA_DEVICES`) | devices; with 0 `cuInit` is 100 |
@@ -69,6 +74,9 @@
 //! | `fail_record_in` | n | 0 | the n-th next `cuEventRecord` fails |
 //! | `fail_wait_in` | n | 0 | the n-th next `cuStreamWaitEvent` fails |
 //! | `fail_stream_create` | n | 0 | the n-th next stream creation fails |
+//! | `fail_module_in` | n | 0 | the n-th next `cuModuleLoadData` fails |
+//! | `fail_function_in` | n | 0 | the n-th next `cuModuleGetFunction` fails |
+//! | `fail_launch_in` | n | 0 | the n-th next `cuLaunchKernel` fails |
 //! | `reset` | any (set only) | | all of the above to their start, the counters below to 0 |
 //! | `ncalls` | count (get only) | | driver calls; not the ones about codes, version and `cuInit` |
 //! | `ncopies` | count (get only) | | copies done, in any direction |
@@ -102,6 +110,7 @@ compile_error!("a device pointer must fit a host pointer: 64-bit targets only");
 mod api;
 mod codes;
 mod context;
+mod decode;
 mod driver;
 mod event;
 mod handles;

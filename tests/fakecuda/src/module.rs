@@ -1,4 +1,4 @@
-//! Modules and their kernels: only `fill` does something, every other kernel fails when it runs.
+//! Modules and their kernels: all but `fill` and `decode_bf16` fail when they run.
 
 use parking_lot::Mutex;
 
@@ -16,6 +16,8 @@ pub(crate) struct Module {
 pub(crate) enum Function {
     /// `fill(u32 *target, u32 count, u32 value)`
     Fill,
+    /// `decode_bf16(Batch batch)`, with a [`Batch`](crate::decode::Batch) by value
+    Decode,
     Other,
 }
 
@@ -33,7 +35,11 @@ impl Module {
         if !self.image.contains(&format!(".entry {name}(")) {
             return Err(NOT_FOUND);
         }
-        let function = if name == "fill" { Function::Fill } else { Function::Other };
+        let function = match name {
+            "fill" => Function::Fill,
+            "decode_bf16" => Function::Decode,
+            _ => Function::Other,
+        };
         let handle = functions.insert(function.into());
         self.functions.lock().push(handle);
         Ok(handle)
@@ -55,13 +61,14 @@ mod tests {
     #[test]
     fn functions_are_the_images_entries_and_go_with_the_module() {
         let functions = Handles::new();
-        let module = Module::new(".visible .entry fill(.param) {} .entry scale(.param) {}".into());
+        let image = [".visible .entry fill(.param) {}", ".entry decode_bf16(", ".entry scale("];
+        let module = Module::new(image.concat());
         assert_eq!(module.function("fil", &functions), Err(NOT_FOUND));
-        let kinds = ["fill", "scale"].map(|name| {
+        let kinds = ["fill", "decode_bf16", "scale"].map(|name| {
             let handle = module.function(name, &functions)?;
             functions.find(handle).map(|function| *function)
         });
-        assert_eq!(kinds, [Ok(Function::Fill), Ok(Function::Other)]);
+        assert_eq!(kinds, [Ok(Function::Fill), Ok(Function::Decode), Ok(Function::Other)]);
         module.unload(&functions);
         assert_eq!(functions.count(), 0);
     }

@@ -70,6 +70,22 @@ pub(crate) fn new_event() -> usize {
     ask(|out| cuEventCreate(out, 0)).unwrap_or_else(|code| panic!("{code}"))
 }
 
+/// An encoded segment of one tile for each base: every element is the base and 4, with sign and
+/// mantissa 0. After its last part there is room for a group of codes and some escapes.
+pub(crate) fn plain_segment(bases: &[u8]) -> Vec<u8> {
+    let table = 256 + 1280 * bases.len();
+    let second = table + (8 * bases.len()).next_multiple_of(256);
+    let mut segment = vec![0; second + 512];
+    let numbers = [0x3157_4744, bases.len(), second, second + 256];
+    for (word, number) in segment.chunks_exact_mut(4).zip(numbers) {
+        word.copy_from_slice(&number.to_le_bytes()[..4]);
+    }
+    for (words, base) in segment[table..].chunks_exact_mut(8).zip(bases) {
+        words[7] = *base;
+    }
+    segment
+}
+
 /// Holds a stream back until it is opened, at the latest when it is dropped.
 pub(crate) struct Gate(Arc<Marker>);
 

@@ -7,9 +7,11 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
-use crate::codes::LAUNCH_FAILED;
+use crate::codes::{Answer, LAUNCH_FAILED};
+use crate::decode::Batch;
 use crate::driver::{Driver, driver};
 use crate::event::Marker;
+use crate::knobs::Knob;
 
 /// `CUhostFn`.
 pub type HostFunction = unsafe extern "C" fn(*mut c_void);
@@ -33,7 +35,7 @@ pub(crate) struct Span {
 }
 
 impl Span {
-    fn copy(self) {
+    pub(crate) fn copy(self) {
         let source = ptr::with_exposed_provenance::<u8>(self.source);
         let target = ptr::with_exposed_provenance_mut::<u8>(self.target);
         // SAFETY: both ranges are valid (see `Span`); they may overlap.
@@ -82,6 +84,8 @@ pub(crate) enum Work {
         count: u32,
         value: u32,
     },
+    /// The kernel `decode_bf16`, slow: it reads and writes at its end.
+    Decode(Box<Batch>),
     /// Any other kernel: it fails.
     FailingKernel,
     FreeDevice(usize),
@@ -118,6 +122,10 @@ impl Work {
             Self::Delay(duration) => pass(duration),
             Self::ReadLate { span, delay } => read_late(span, || pass(delay)),
             Self::FillWords { target, count, value } => fill_words(target, count, value),
+            Self::Decode(batch) => {
+                let delay = Duration::from_micros(driver.knobs.size(Knob::DecodeUs));
+                decode_late(&batch, || pass(delay)).unwrap_or_else(|code| driver.knobs.stick(code));
+            }
             Self::FailingKernel => driver.knobs.stick(LAUNCH_FAILED),
             // A failure here has no caller to go to: a real driver would make it sticky.
             Self::FreeDevice(address) => {
@@ -158,6 +166,11 @@ fn read_late(span: Span, interval: impl FnOnce()) {
     span.copy();
 }
 
+fn decode_late(batch: &Batch, interval: impl FnOnce()) -> Answer {
+    interval();
+    batch.decode()
+}
+
 fn fill_words(target: usize, count: u32, value: u32) {
     let target = ptr::with_exposed_provenance_mut::<u32>(target);
     for index in 0..count as usize {
@@ -178,6 +191,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::testing::plain_segment;
 
     /// Runs `work` on one byte 1 → 0, while `source` becomes 2 within the interval; the target
     /// within the interval, and at the end.
@@ -207,5 +221,28 @@ mod tests {
     #[test]
     fn a_slow_read_sees_what_was_overwritten_meanwhile() {
         assert_eq!(observe(|span, interval| read_late(span, interval)), (0, 2));
+    }
+
+    #[test]
+    fn a_decode_reads_and_writes_at_the_end_of_its_interval() {
+        let (mut slot, next) = (plain_segment(&[1]), plain_segment(&[2]));
+        let (mut target, mut within) = ([0_u16; 1024], 0_u16);
+        let batch = Batch::of(&slot, &mut target);
+        let address = |bytes: &[u8]| bytes.as_ptr().expose_provenance();
+        let overwrite = Span {
+            source: address(&next),
+            target: slot.as_mut_ptr().expose_provenance(),
+            bytes: next.len(),
+        };
+        let look = Span {
+            source: target.as_mut_ptr().expose_provenance(),
+            target: (&raw mut within).expose_provenance(),
+            bytes: 2,
+        };
+        let decoded = decode_late(&batch, || {
+            overwrite.copy();
+            look.copy();
+        });
+        assert_eq!((decoded, within, target), (Ok(()), 0, [6 << 7; 1024]));
     }
 }
