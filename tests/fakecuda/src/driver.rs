@@ -142,6 +142,7 @@ impl Driver {
             "refs" => self.contexts.count(),
             "streams" => self.streams.count() as u64,
             "events" => self.events.count() as u64,
+            "modules" => self.modules.count() as u64,
             _ => return self.knobs.value(key),
         };
         i64::try_from(value).map_err(|_| INVALID_VALUE)

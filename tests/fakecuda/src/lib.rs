@@ -90,7 +90,7 @@
 //!
 //! Get only, and not touched by `reset`: `used` (bytes of device memory allocated here), `pinned`
 //! (bytes of whole pages page-locked), `host_ranges` (allocated or registered host ranges), `refs`
-//! (references to primary contexts), `streams` and `events` (created and not destroyed).
+//! (references to primary contexts), `streams`, `events` and `modules` (made and not destroyed).
 //!
 //! # Missing symbols
 //!
