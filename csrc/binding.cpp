@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(dgls, m) {
       "int trace_uses=0, int copy_bytes_per_s=0, bool poison=False, str driver='auto', "
       "int faults=0, bool adapt=False, bool manual=False, int[] resident_blocks=[], "
       "int window=-1, int ram_bytes=0, int page_cache_bytes=0, bool verify=False, "
-      "str names='') -> int");
+      "str names='', int encode=0, int[] encodable=[], int encoded_bytes=0, "
+      "int locked_bytes=0, Tensor? decode_buffer=None) -> int");
   m.def("plan_for(int engine, int budget_bytes) -> (int[], int[])");
   m.def("plan_in_force(int engine) -> (int[], int[])");
   m.def("rebuild(int engine, Tensor arena, int budget_bytes) -> ()");
@@ -39,6 +40,8 @@ STABLE_TORCH_LIBRARY(dgls, m) {
   m.def("driver_version() -> int");
   m.def("measure_copy(int device, int bytes, int repeats, bool page_locked) -> float");
   m.def("measure_page_lock(int device, int max_bytes) -> int");
+  m.def("encode(Tensor weights) -> Tensor");
+  m.def("decode(Tensor encoded, int elements) -> Tensor");
   m.def("_current_stream(int device) -> int");
   m.def("_hand_over(int engine, Tensor[] tensors) -> ()");
   m.def("_panic() -> ()");
@@ -70,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgls, CompositeExplicitAutograd, m) {
   m.impl("driver_version", TORCH_BOX(&dgls::op_driver_version));
   m.impl("measure_copy", TORCH_BOX(&dgls::op_measure_copy));
   m.impl("measure_page_lock", TORCH_BOX(&dgls::op_measure_page_lock));
+  m.impl("encode", TORCH_BOX(&dgls::op_encode));
+  m.impl("decode", TORCH_BOX(&dgls::op_decode));
   m.impl("_current_stream", TORCH_BOX(&dgls::op_current_stream));
   m.impl("_hand_over", TORCH_BOX(&dgls::op_hand_over));
   m.impl("_panic", TORCH_BOX(&dgls::op_panic));

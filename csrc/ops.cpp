@@ -3,21 +3,12 @@
 
 #include <limits>
 #include <sstream>
-#include <stdexcept>
 
+#include "refuse.h"
 #include "state.h"
 
 namespace dgls {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw std::runtime_error("dgls: " + message);
-}
-
-uint64_t unsigned_of(int64_t value, const char* name) {
-  if (value < 0) refuse(std::string(name) + " must not be negative, got " + std::to_string(value));
-  return static_cast<uint64_t>(value);
-}
 
 uint32_t narrow(int64_t value, const char* name) {
   if (value < 0 || value > std::numeric_limits<uint32_t>::max()) {
@@ -55,12 +46,33 @@ std::tuple<Ints, Ints> facts_of(const PlanFacts& plan) {
   return {std::move(resident), std::move(facts)};
 }
 
-void check_arena(const Tensor& arena) {
+void check_bytes(const Tensor& tensor, const std::string& name) {
   int32_t dtype = -1;
-  aoti_torch_get_dtype(arena.get(), &dtype);
-  if (arena.dim() != 1 || dtype != aoti_torch_dtype_uint8() || !arena.is_contiguous()) {
-    refuse("the arena must be a contiguous uint8 tensor of one dimension");
+  aoti_torch_get_dtype(tensor.get(), &dtype);
+  if (tensor.dim() != 1 || dtype != aoti_torch_dtype_uint8() || !tensor.is_contiguous()) {
+    refuse(name + " must be a contiguous uint8 tensor of one dimension");
   }
+}
+
+void set_decoding(EngineSpec& spec, int64_t encode, const Ints& encodable, int64_t encoded_bytes,
+                  int64_t locked_bytes, const std::optional<Tensor>& buffer, const Tensor& arena) {
+  if (encode < 0 || encode > 2) {
+    refuse("encode must be 0 (never), 1 (where copies decide) or 2 (always), got " +
+           std::to_string(encode));
+  }
+  spec.encode = static_cast<uint8_t>(encode);
+  spec.encodable = blocks_of(encodable, "encodable");
+  spec.encoded_bytes = unsigned_of(encoded_bytes, "encoded_bytes");
+  spec.locked_bytes = unsigned_of(locked_bytes, "locked_bytes");
+  spec.decode_address = spec.decode_bytes = 0;
+  if (!buffer) return;
+  check_bytes(*buffer, "decode_buffer");
+  if (buffer->is_cpu() != arena.is_cpu() ||
+      (!arena.is_cpu() && buffer->get_device_index() != arena.get_device_index())) {
+    refuse("decode_buffer must be on the device of the arena");
+  }
+  spec.decode_address = reinterpret_cast<uint64_t>(buffer->data_ptr());
+  spec.decode_bytes = static_cast<uint64_t>(buffer->numel());
 }
 
 int32_t probed_device(int64_t device) {
@@ -135,8 +147,9 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
                   int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
-                  std::string names) {
-  check_arena(arena);
+                  std::string names, int64_t encode, Ints encodable, int64_t encoded_bytes,
+                  int64_t locked_bytes, std::optional<Tensor> decode_buffer) {
+  check_bytes(arena, "the arena");
   EngineSpec spec;
   spec.device = device_of(arena, driver);
   const int32_t stream_device = arena.is_cpu() ? -1 : spec.device;
@@ -164,7 +177,9 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   for (std::string name; std::getline(lines, name);)
     spec.names.push_back(rust::String::lossy(name));
   spec.faults = narrow(faults, "faults");
-  return add_state(std::make_shared<State>(std::move(arena), std::move(weights), stream_device,
+  set_decoding(spec, encode, encodable, encoded_bytes, locked_bytes, decode_buffer, arena);
+  return add_state(std::make_shared<State>(std::move(arena), std::move(weights),
+                                           std::move(decode_buffer), stream_device,
                                            make_engine(spec)));
 }
 
@@ -177,7 +192,7 @@ std::tuple<Ints, Ints> op_plan_in_force(int64_t engine) {
 }
 
 void op_rebuild(int64_t engine, Tensor arena, int64_t budget_bytes) {
-  check_arena(arena);
+  check_bytes(arena, "the arena");
   const auto state = find_state(engine);
   if (arena.is_cpu() != state->arena.is_cpu()) refuse("the new arena is on another device");
   const uint64_t budget = unsigned_of(budget_bytes, "budget_bytes");
@@ -265,7 +280,8 @@ Ints op_stats(int64_t engine) {
   for (uint64_t value :
        {stats.uses, stats.on_demand, stats.mispredicted, stats.rebuilds, stats.errors, stats.passes,
         stats.bytes, stats.copies, stats.pinned_bytes, stats.pin_failures, stats.staging_bytes,
-        stats.adopted, stats.verified_bytes, stats.mismatches}) {
+        stats.adopted, stats.verified_bytes, stats.mismatches, stats.encoded_bytes,
+        stats.decoded_bytes, stats.code_bytes}) {
     flat.push_back(static_cast<int64_t>(value));
   }
   return flat;

@@ -1,6 +1,7 @@
 // The bodies of torch.ops.dgls.*: check the tensors, turn them into addresses, one call to Rust.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -21,7 +22,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   int64_t staging_bytes, int64_t trace_uses, int64_t copy_bytes_per_s, bool poison,
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
                   int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
-                  std::string names);
+                  std::string names, int64_t encode, Ints encodable, int64_t encoded_bytes,
+                  int64_t locked_bytes, std::optional<Tensor> decode_buffer);
 
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
 std::tuple<Ints, Ints> op_plan_in_force(int64_t engine);
@@ -45,6 +47,8 @@ void op_destroy(int64_t engine);
 int64_t op_driver_version();
 double op_measure_copy(int64_t device, int64_t bytes, int64_t repeats, bool page_locked);
 int64_t op_measure_page_lock(int64_t device, int64_t max_bytes);
+Tensor op_encode(Tensor weights);
+Tensor op_decode(Tensor encoded, int64_t elements);
 int64_t op_current_stream(int64_t device);
 void op_hand_over(int64_t engine, std::vector<Tensor> tensors);
 void op_panic();

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -20,10 +21,11 @@ struct Block;
 // Members are destroyed from the last to the first: the engine ends its work on the device before
 // the tensors that it reads and writes are given back.
 struct State {
-  State(Tensor arena_tensor, std::vector<Tensor> weight_tensors, int32_t device,
-        rust::Box<Handle> handle)
+  State(Tensor arena_tensor, std::vector<Tensor> weight_tensors,
+        std::optional<Tensor> buffer_tensor, int32_t device, rust::Box<Handle> handle)
       : arena(std::move(arena_tensor)),
         weights(std::move(weight_tensors)),
+        decode_buffer(std::move(buffer_tensor)),
         stream_device(device),
         engine(std::move(handle)) {}
 
@@ -33,6 +35,7 @@ struct State {
 
   Tensor arena;
   std::vector<Tensor> weights;
+  std::optional<Tensor> decode_buffer;
   // Device whose current stream torch is asked for; -1: the CPU computes.
   int32_t stream_device;
   // The hook whose tensors are bound to the arena now; guarded by the GIL.

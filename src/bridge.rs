@@ -4,23 +4,23 @@
 #![allow(
     missing_docs,
     unreachable_pub,
+    clippy::multiple_unsafe_ops_per_block,
     reason = "the generated half; each item of ours is documented"
 )]
 
+mod codec;
 mod facts;
+mod making;
+mod probes;
 
-use std::sync::Arc;
+use codec::{check_stream, decode_stream, encode_stream};
+use probes::{cuda_driver_version, measure_copy, measure_page_lock};
 
-use crate::driver::cuda::{CudaDevice, CudaOptions, driver_version};
-use crate::driver::host::shim::WeightFile;
-use crate::driver::host::{HostDevice, HostOptions};
-use crate::driver::mutant::{Dropped, Mutant};
-use crate::driver::{ComputeStream, Device, Source};
-use crate::engine::{Adapt, Engine, Options, Spec};
+use crate::driver::ComputeStream;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::fence::fence;
 use crate::plan::{Profile, Tensor, plan};
-use crate::probe;
 
 #[cxx::bridge(namespace = "dgls")]
 mod ffi {
@@ -51,6 +51,15 @@ mod ffi {
         ram_bytes: u64,
         page_cache_bytes: u64,
         staging_bytes: u64,
+        /// When to encode: 0 never, 1 where copies decide, 2 always.
+        encode: u8,
+        /// Numbers of the tensors that may be encoded.
+        encodable: Vec<u32>,
+        encoded_bytes: u64,
+        locked_bytes: u64,
+        /// Device memory to decode from; of 0 bytes on the host device.
+        decode_address: u64,
+        decode_bytes: u64,
         trace_uses: u64,
         /// A name for each tensor, or none at all.
         names: Vec<String>,
@@ -109,6 +118,9 @@ mod ffi {
         pinned_bytes: u64,
         pin_failures: u64,
         staging_bytes: u64,
+        encoded_bytes: u64,
+        decoded_bytes: u64,
+        code_bytes: u64,
     }
 
     /// See `engine::Record`; times in nanoseconds.
@@ -159,6 +171,10 @@ mod ffi {
         fn cuda_driver_version() -> Result<i32>;
         fn measure_copy(device: i32, bytes: u64, repeats: u32, page_locked: bool) -> Result<f64>;
         fn measure_page_lock(device: i32, max_bytes: u64) -> Result<u64>;
+        fn encode_stream(raw: &[u8]) -> Result<Vec<u8>>;
+        /// What `decode_stream` would refuse for its sizes.
+        fn check_stream(encoded: &[u8], elements: u64) -> Result<()>;
+        fn decode_stream(encoded: &[u8], raw: &mut [u8]) -> Result<()>;
         /// Test only: a panic inside the fence.
         fn panic_for_test() -> Result<()>;
     }
@@ -200,68 +216,8 @@ fn plan_json(inputs: &cxx::CxxString) -> Result<String> {
     })
 }
 
-fn make_device(spec: &ffi::EngineSpec) -> Result<Arc<dyn Device>> {
-    let files = spec.files.iter().map(|path| WeightFile::open(path)).collect::<Result<_>>()?;
-    let device: Arc<dyn Device> = if spec.device < 0 {
-        Arc::new(HostDevice::new(HostOptions { files, copy_bytes_per_s: spec.copy_bytes_per_s })?)
-    } else {
-        let timing = spec.trace_uses > 0 || spec.adapt;
-        Arc::new(CudaDevice::new(CudaOptions { ordinal: spec.device, files, timing })?)
-    };
-    let (ready, done) = (spec.faults & 1 != 0, spec.faults & 2 != 0);
-    let dropped = Dropped { ready, done, ..Dropped::default() };
-    Ok(match spec.faults & 0b1011 {
-        0 => device,
-        faults => Arc::new(Mutant::new(device, dropped).corrupting(211 * u64::from(faults / 8))),
-    })
-}
-
 fn make_engine(spec: &ffi::EngineSpec) -> Result<Box<Handle>> {
-    fence(|| {
-        let source = |tensor: &ffi::TensorSpec| match u32::try_from(tensor.file) {
-            Ok(file) => Source::File { file, offset: tensor.place },
-            Err(_) => Source::Memory { address: tensor.place },
-        };
-        let profile = Profile {
-            resident_blocks: spec.manual.then(|| spec.resident_blocks.clone()),
-            window_uses: u32::try_from(spec.window).ok(),
-            one_pass: !spec.adapt,
-            ..profile_of(&spec.tensors, &spec.order, spec.min_stream_bytes)
-        };
-        let engine_spec = Spec {
-            profile,
-            sources: spec.tensors.iter().map(source).collect(),
-            names: spec.names.clone(),
-            budget_bytes: spec.budget_bytes,
-            pinned_bytes: spec.pinned_bytes,
-            ram_bytes: spec.ram_bytes,
-            page_cache_bytes: spec.page_cache_bytes,
-            staging_bytes: spec.staging_bytes,
-            trace_uses: usize::try_from(spec.trace_uses.min(1 << 20)).unwrap_or(0),
-            options: Options {
-                poison: spec.poison,
-                timing: spec.trace_uses > 0,
-                adapt: if spec.adapt { Adapt::Beside } else { Adapt::Off },
-                verify: spec.verify,
-                early: u64::from(spec.faults & 4 != 0),
-            },
-        };
-        let device = make_device(spec)?;
-        let engine = Engine::new(device, engine_spec, spec.arena_address, spec.arena_bytes)?;
-        Ok(Box::new(Handle { engine }))
-    })
-}
-
-fn cuda_driver_version() -> Result<i32> {
-    fence(driver_version)
-}
-
-fn measure_copy(device: i32, bytes: u64, repeats: u32, page_locked: bool) -> Result<f64> {
-    fence(|| probe::measure_copy(device, bytes, repeats, page_locked))
-}
-
-fn measure_page_lock(device: i32, max_bytes: u64) -> Result<u64> {
-    fence(|| probe::measure_page_lock(device, max_bytes))
+    fence(|| Ok(Box::new(Handle { engine: making::engine(spec)? })))
 }
 
 fn panic_for_test() -> Result<()> {

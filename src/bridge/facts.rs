@@ -35,6 +35,9 @@ pub(super) fn of_stats(stats: &Stats) -> ffi::StatsFacts {
         pinned_bytes: stats.pinned_bytes,
         pin_failures: stats.pin_failures,
         staging_bytes: stats.staging_bytes,
+        encoded_bytes: stats.encoded_bytes,
+        decoded_bytes: stats.decoded_bytes,
+        code_bytes: stats.code_bytes,
     }
 }
 

@@ -9,6 +9,7 @@ mod decode;
 mod encode;
 mod layout;
 mod planes;
+pub mod stream;
 
 pub use decode::{Malformed, decode};
 pub use encode::encode;

@@ -36,16 +36,30 @@ pub enum Source {
         /// First byte.
         offset: u64,
     },
+    /// Page-locked host memory that holds one encoded segment (`crate::codec`), for a device that
+    /// [`Device::decodes`]. It can only be copied as a whole.
+    Encoded {
+        /// First byte.
+        address: u64,
+        /// Encoded bytes.
+        bytes: u32,
+    },
 }
 
 impl Source {
-    /// The same source, `bytes` further on.
+    /// The same source, `bytes` further on; an encoded one has no other places.
     #[must_use]
     pub fn advanced(self, bytes: u64) -> Self {
         match self {
             Self::Memory { address } => Self::Memory { address: address + bytes },
             Self::File { file, offset } => Self::File { file, offset: offset + bytes },
+            Self::Encoded { .. } => self,
         }
+    }
+
+    /// Whether it is encoded.
+    pub fn is_encoded(self) -> bool {
+        matches!(self, Self::Encoded { .. })
     }
 }
 
@@ -64,7 +78,17 @@ impl H2d {
     /// Whether `next` begins where this one ends, in the source and on the device.
     #[must_use]
     pub fn meets(&self, next: &Self) -> bool {
-        self.source.advanced(self.bytes) == next.source && self.target + self.bytes == next.target
+        !self.source.is_encoded()
+            && self.source.advanced(self.bytes) == next.source
+            && self.target + self.bytes == next.target
+    }
+
+    /// What goes over the link for it.
+    pub fn link_bytes(&self) -> u64 {
+        match self.source {
+            Source::Encoded { bytes, .. } => u64::from(bytes),
+            Source::Memory { .. } | Source::File { .. } => self.bytes,
+        }
     }
 }
 
@@ -112,12 +136,19 @@ pub trait Device: Send + Sync + std::fmt::Debug {
 
     /// Copy stream: enqueues several copies, after all that came before and ahead of all that comes
     /// later. Among themselves they have no order: none may write what another one reads or writes.
+    /// Those from encoded sources end with the next [`Device::mark_ready`], or
+    /// [`Device::wait_decoded`]; until then later work does not wait for them.
     ///
     /// # Errors
     ///
     /// As [`Device::copy`]; some of the copies may have been enqueued.
     fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
         copies.iter().try_for_each(|copy| self.copy(copy.source, copy.target, copy.bytes))
+    }
+
+    /// Whether [`Source::Encoded`] is taken: the bytes are decoded on the device.
+    fn decodes(&self) -> bool {
+        false
     }
 
     /// Whether one copy may read all of `bytes` bytes of `source`, which `copy` takes in parts.
@@ -138,6 +169,16 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     ///
     /// [`crate::Error::Driver`].
     fn wait_done(&self, slot: EventSlot) -> Result<()>;
+
+    /// Copy stream: what comes later waits for all copies so far, those from encoded sources too. A
+    /// use orders them as well: its *ready* and its *done*.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::Error::Driver`].
+    fn wait_decoded(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Copy stream: marks the time at which the copies of a use begin.
     ///

@@ -8,6 +8,7 @@ use super::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use crate::error::Result;
 
 /// Which wait does nothing.
+#[expect(clippy::struct_excessive_bools, reason = "one for each wait")]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Dropped {
     /// The compute stream does not wait for *ready*.
@@ -16,6 +17,8 @@ pub struct Dropped {
     pub done: bool,
     /// A staging chunk is filled while it is copied from.
     pub chunk: bool,
+    /// The copy stream does not wait for what is decoded for uses that did not come.
+    pub decoded: bool,
 }
 
 /// What becomes of the batches of copies.
@@ -63,7 +66,11 @@ impl Mutant {
     /// Counts one copy, and changes its byte in the middle if it is one to change.
     fn corrupt(&self, copy: &H2d) -> Result<()> {
         let due = |number: u64| self.corrupt_every > 0 && number % self.corrupt_every == 0;
-        if copy.bytes == 0 || !due(1 + self.copies.fetch_add(1, Ordering::Relaxed)) {
+        // A byte of an encoded copy is known to nobody before it has been decoded.
+        if copy.bytes == 0
+            || copy.source.is_encoded()
+            || !due(1 + self.copies.fetch_add(1, Ordering::Relaxed))
+        {
             return Ok(());
         }
         let (byte, middle) = (AtomicU8::new(0), copy.bytes / 2);
@@ -93,6 +100,9 @@ impl Device for Mutant {
             Batches::Astray(other) => other.copy_batch(copies),
         }
     }
+    fn decodes(&self) -> bool {
+        self.inner.decodes()
+    }
     fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
         self.inner.takes_as_one(source, bytes)
     }
@@ -101,6 +111,9 @@ impl Device for Mutant {
     }
     fn wait_done(&self, slot: EventSlot) -> Result<()> {
         if self.dropped.done { Ok(()) } else { self.inner.wait_done(slot) }
+    }
+    fn wait_decoded(&self) -> Result<()> {
+        if self.dropped.decoded { Ok(()) } else { self.inner.wait_decoded() }
     }
     fn mark_copy_start(&self, slot: EventSlot) -> Result<()> {
         self.inner.mark_copy_start(slot)

@@ -338,7 +338,7 @@ impl Device for SimDevice {
         match (source, staged_from) {
             (Source::Memory { address }, Some(from)) => page_locked || address < from,
             (Source::Memory { .. }, None) => true,
-            (Source::File { .. }, _) => false,
+            (Source::File { .. } | Source::Encoded { .. }, _) => false,
         }
     }
 

@@ -14,6 +14,9 @@ pub enum Command {
     /// Copy stream, ahead of all that the staging thread still has to do: wait for *done* before
     /// its event is marked again, on another compute stream.
     Join(EventSlot),
+    /// Copy stream: wait for all copies so far, those that are decoded too: no use of what they
+    /// brought will order them.
+    WaitDecoded,
     /// Copy stream: mark where a stretch of a use's copies begins.
     CopyStart(EventSlot),
     /// Copy stream: the copy `copies[index]` of the program.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::adapt::{Assembly, Proposal, Review, Tuner};
 use super::command::Command;
-use super::copying::{CopySide, Host, Moved};
+use super::copying::{CopySide, Encoder, Host, Moved, MovedSums};
 use super::executor::Executor;
 use super::order::Order;
 use super::schedule::Schedule;
@@ -45,6 +45,9 @@ pub(super) struct Core {
     pub(super) assembly: Assembly,
     pub(super) tuner: Tuner,
     pub(super) review: Review,
+    pub(super) encoder: Encoder,
+    /// Weights are encoded from now on.
+    pub(super) encodes: bool,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Proposal>,
     /// Since when the device has had nothing to do, because a better plan is taken up.
@@ -63,7 +66,7 @@ pub(super) struct Core {
     /// The stream on which the running block was entered.
     entered_on: ComputeStream,
     moved: Arc<Moved>,
-    pub(super) moved_before: (u64, u64),
+    pub(super) moved_before: MovedSums,
     pub(super) staging_bytes: u64,
     /// For each tensor how many times as long as over the link its bytes take; empty: all alike.
     pub(super) slow: Vec<f64>,
@@ -117,6 +120,7 @@ impl Core {
             arena,
             staging,
             cache: Arc::clone(&host.cache),
+            codes: Arc::clone(&host.codes),
             kept: kept.clone(),
             moved: Arc::clone(&moved),
         };
@@ -130,6 +134,8 @@ impl Core {
             assembly: Assembly::new(spec.profile.order.len()),
             tuner: Tuner::new(),
             review: Review::default(),
+            encoder: Encoder::default(),
+            encodes: false,
             proposal: None,
             idle_since: None,
             is_fresh: false,
@@ -142,7 +148,7 @@ impl Core {
             last_compute: ComputeStream::default(),
             entered_on: ComputeStream::default(),
             moved,
-            moved_before: (0, 0),
+            moved_before: MovedSums::default(),
             staging_bytes,
             vacant: false,
             slow: Vec::new(),
@@ -198,6 +204,9 @@ impl Core {
 
     /// Whether `enter` may have to wait for a copy.
     pub(super) fn may_block(&self, block: u32) -> bool {
+        if self.encodes && self.host.has_retired() {
+            return true; // a pass that ends in `enter` waits for the copies under way
+        }
         if self.schedule.expects_quiet(block) {
             return false;
         }
@@ -268,6 +277,7 @@ impl Core {
             return Err(Error::Misuse(format!("block {block} is not in the plan")));
         }
         self.mark_unmarked()?; // its kernels may still read what will be overwritten
+        self.forget_codes(block);
         self.schedule.reload(block);
         Ok(())
     }
@@ -327,6 +337,7 @@ impl Core {
     /// Blocks until nothing of this engine reads or writes on the device any more.
     pub(super) fn stop(&mut self) -> Result<()> {
         self.review.stop();
+        self.encoder.stop();
         self.proposal = None;
         let marked = self.mark_unmarked();
         let stopped = self.executor.stop();
@@ -354,16 +365,15 @@ impl Core {
         if matches!(before, Life::Poisoned(_)) { Ok(()) } else { stopped }
     }
 
-    pub(super) fn moved(&self) -> (u64, u64) {
-        let (bytes, copies) = self.moved.sums();
-        (bytes + self.moved_before.0, copies + self.moved_before.1)
+    pub(super) fn moved(&self) -> MovedSums {
+        self.moved.sums() + self.moved_before
     }
 
     pub(super) fn stats(&self) -> Stats {
         if let Life::Closed(stats) = &self.life {
             return *stats;
         }
-        let (bytes, copies) = self.moved();
+        let MovedSums { bytes, copies, encoded_bytes, decoded_bytes } = self.moved();
         Stats {
             counters: self.counters,
             passes: self.order.passes(),
@@ -372,6 +382,9 @@ impl Core {
             pinned_bytes: self.host.pinned().0 + self.proposal.as_ref().map_or(0, Proposal::pinned),
             pin_failures: self.host.pinned().1,
             staging_bytes: self.staging_bytes,
+            encoded_bytes,
+            decoded_bytes,
+            code_bytes: self.host.codes.read().bytes(),
         }
     }
 }

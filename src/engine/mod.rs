@@ -4,6 +4,7 @@ mod adapt;
 mod command;
 mod copying;
 mod core;
+mod encoding;
 mod executor;
 mod order;
 mod relief;
@@ -22,7 +23,7 @@ use parking_lot::Mutex;
 
 pub use adapt::{Adapt, News, PassTimes, Reason, Tuner};
 pub use command::{Command, Options};
-pub use copying::{HostFacts, Weight};
+pub use copying::{Encode, HostFacts, Weight};
 pub use order::Order;
 pub use schedule::{Entered, Schedule};
 pub use trace::{Counters, Record, Trace};
@@ -53,6 +54,15 @@ pub struct Spec {
     pub page_cache_bytes: u64,
     /// Page-locked bytes for staging, when something needs it.
     pub staging_bytes: u64,
+    /// When to encode weights, so that less goes over the link.
+    pub encode: Encode,
+    /// For each tensor whether it is worth a try: bf16, and not small. Empty: none is.
+    pub encodable: Vec<bool>,
+    /// Most bytes of whole pages that hold encoded weights, page-locked beside the others.
+    pub encoded_bytes: u64,
+    /// Most host bytes to page-lock: those in place and those that hold encoded weights. Those in
+    /// place come first. 0: as much as either may take.
+    pub locked_bytes: u64,
     /// Uses that the trace keeps.
     pub trace_uses: usize,
     /// See [`Options`].
@@ -75,7 +85,7 @@ pub struct Stats {
     pub counters: Counters,
     /// Passes that ended.
     pub passes: u64,
-    /// Bytes copied to the device.
+    /// Bytes copied to the device, as they went over the link.
     pub bytes: u64,
     /// Number of copies.
     pub copies: u64,
@@ -85,6 +95,12 @@ pub struct Stats {
     pub pin_failures: u64,
     /// Page-locked bytes of the staging chunks.
     pub staging_bytes: u64,
+    /// Of the bytes copied those that were encoded.
+    pub encoded_bytes: u64,
+    /// What those were decoded to.
+    pub decoded_bytes: u64,
+    /// Bytes of whole pages that hold encoded weights.
+    pub code_bytes: u64,
 }
 
 impl Engine {

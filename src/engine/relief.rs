@@ -31,7 +31,8 @@ impl Core {
         // Page-locks of plans that are not in force are the first to go.
         self.review.discard();
         self.proposal = None;
-        let chosen = self.host.to_give_back(bytes);
+        let encoded = self.give_codes_back()?;
+        let chosen = self.host.to_give_back(bytes.saturating_sub(encoded));
         if chosen.is_empty() {
             return Ok(());
         }

@@ -79,6 +79,8 @@ pub struct Schedule {
     loaded: Vec<bool>,
     /// Blocks of which some residents are still where the plan before had them.
     kept: Vec<bool>,
+    /// Copies were enqueued for uses that did not come, or that will be copied again.
+    given_up: bool,
     /// For each event slot, the last use whose copies were timed, and the first of these of its
     /// last stretch.
     stretches: Vec<Option<(u64, u32)>>,
@@ -120,6 +122,7 @@ impl Schedule {
             next: 0,
             issued: 0,
             issued_copies: 0,
+            given_up: false,
             released: 0,
             loaded,
             kept,
@@ -206,6 +209,7 @@ impl Schedule {
             return self.enter_dormant(block, out);
         };
         let skipped = number - self.next;
+        self.given_up |= skipped > 0;
         let on_demand = self.issued <= number;
         self.released = self.released.max(number);
         if on_demand && skipped > 0 {
@@ -301,6 +305,7 @@ impl Schedule {
         let (position, alone) = (narrow(position), !used.copies.is_empty());
         let slot = EventSlot(position);
         if alone {
+            self.given_up = true;
             out.push(Command::Cancel);
             self.issued = self.next;
             self.issued_copies = 0;
@@ -366,6 +371,7 @@ impl Schedule {
         self.loaded[index(block)] = self.program.loads[index(block)].is_empty();
         self.kept[index(block)] = false;
         // Streamed bytes that are on their way may be the old ones.
+        self.given_up = true;
         self.issued = self.next;
         self.issued_copies = 0;
     }

@@ -7,7 +7,7 @@ use twox_hash::XxHash3_64;
 use super::core::Core;
 use crate::driver::{ComputeStream, Device, Source};
 use crate::error::{Error, Result};
-use crate::units::index;
+use crate::units::{index, narrow};
 
 /// Bytes that are looked at together.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -88,6 +88,8 @@ impl Core {
             // The hashes speak for themselves; the offset is for whoever looks for the cause.
             if compared.expected != compared.found {
                 self.counters.mismatches += 1;
+                // It may be the encoded form that is wrong.
+                self.host.changed(narrow(number));
                 let name = self.spec.names.get(number).cloned();
                 return Err(Error::Corrupt {
                     block: used.block,

@@ -112,7 +112,7 @@ pub fn pack(mut pieces: Vec<Piece>, chunk_bytes: u64) -> Vec<Fill> {
 fn place(source: Source) -> (u64, u64) {
     match source {
         Source::File { file, offset } => (u64::from(file), offset),
-        Source::Memory { address } => (u64::MAX, address),
+        Source::Memory { address } | Source::Encoded { address, .. } => (u64::MAX, address),
     }
 }
 
@@ -130,11 +130,13 @@ fn behind(read: &Read, source: Source) -> Option<u64> {
 fn next_place(fill: &Fill, source: Source) -> u64 {
     let end = fill.reads.last().map_or(0, |last| match last.source {
         Source::File { .. } => (last.at + last.bytes).next_multiple_of(SECTOR_BYTES),
-        Source::Memory { .. } => (last.at + last.bytes).next_multiple_of(LINE_BYTES),
+        Source::Memory { .. } | Source::Encoded { .. } => {
+            (last.at + last.bytes).next_multiple_of(LINE_BYTES)
+        }
     });
     match source {
         Source::File { offset, .. } => end.next_multiple_of(SECTOR_BYTES) + offset % SECTOR_BYTES,
-        Source::Memory { .. } => end,
+        Source::Memory { .. } | Source::Encoded { .. } => end,
     }
 }
 

@@ -254,7 +254,7 @@ impl Shared {
 
     fn read(&self, source: Source, address: u64, bytes: u64) -> Result<()> {
         let way = match source {
-            Source::Memory { .. } => Way::Memory,
+            Source::Memory { .. } | Source::Encoded { .. } => Way::Memory,
             Source::File { .. } => self.choice.lock().next_way(),
         };
         let way = match way {

@@ -7,7 +7,6 @@
 //! long and until so many faults instead, from `DGLS_SEED` on.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,12 +15,13 @@ use dgls_core::driver::host::shim::{Pages, WeightFile};
 use dgls_core::driver::host::{HostDevice, HostOptions};
 use dgls_core::driver::mutant::{Dropped, Mutant};
 use dgls_core::driver::{ComputeStream, Device};
-use dgls_core::engine::{Adapt, Engine, Options, Spec};
+use dgls_core::engine::{Adapt, Encode, Engine, Options, Spec};
 use dgls_core::{Error, Result};
 
 use crate::cuda_fake::in_a_child;
+use crate::encoded_cuda::Buffer;
 use crate::fake::Session;
-use crate::flaky::{Fault, Flaky};
+use crate::flaky::{Fault, Flaky, faults, fenced};
 use crate::random::Random;
 use crate::stack::{Stack, index};
 use crate::watchdog::for_seeds;
@@ -74,50 +74,31 @@ struct World<'a> {
     flaky: Arc<Flaky>,
     engine: Engine,
     arena: Pages,
+    _buffer: Option<Buffer>,
     budget: u64,
     sums: Sums,
     /// What the engine has to answer from now on.
     is_over: bool,
 }
 
-/// A call that may panic, as the fence around C++'s calls sees it. `None`: it did.
-fn fenced<T>(call: impl FnOnce() -> T) -> Option<T> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(value) => Some(value),
-        Err(payload) => {
-            std::mem::forget(payload);
-            None
-        }
-    }
-}
-
-fn faults(random: &mut Random) -> BTreeMap<u64, Fault> {
-    use Fault::{Kills, Lost, OutOfMemory, Panics, Refused};
-    let spread = random.pick(&[30, 200, 800]);
-    let usual = random.between(1, 8);
-    let mut faults: BTreeMap<u64, Fault> = (0..usual)
-        .map(|_| (random.between(0, spread), random.pick(&[Refused, OutOfMemory])))
-        .collect();
-    // After one of these nothing more can happen.
-    if random.chance(30) {
-        faults.insert(random.between(0, spread), random.pick(&[Lost, Panics, Kills]));
-    }
-    faults
-}
-
 /// The device, with a byte of some copies changed, and with calls that fail.
-fn device(random: &mut Random, on_cuda: bool, file: Option<&Scratch>) -> Result<(Arc<Flaky>, u64)> {
+fn device(
+    random: &mut Random,
+    on_cuda: bool,
+    file: Option<&Scratch>,
+    buffer: Option<&Buffer>,
+) -> Result<Arc<Flaky>> {
     let files = file.map(|file| WeightFile::open(file.text()).expect("just written"));
     let files = files.into_iter().collect();
     let inner: Arc<dyn Device> = if on_cuda {
-        let timing = random.chance(50);
-        Arc::new(CudaDevice::new(CudaOptions { ordinal: 0, files, timing })?)
+        let (timing, decode_buffer) = (random.chance(50), buffer.map(Buffer::place));
+        Arc::new(CudaDevice::new(CudaOptions { ordinal: 0, files, timing, decode_buffer })?)
     } else {
         Arc::new(HostDevice::new(HostOptions { files, copy_bytes_per_s: 0 })?)
     };
     let every = if random.chance(25) { random.between(9, 60) } else { 0 };
     let mutant = Mutant::new(inner, Dropped::default()).corrupting(every);
-    Ok((Arc::new(Flaky::with(Arc::new(mutant), faults(random))), every))
+    Ok(Arc::new(Flaky::with(Arc::new(mutant), faults(random))))
 }
 
 impl<'a> World<'a> {
@@ -126,7 +107,10 @@ impl<'a> World<'a> {
         let mut random = Random::new(seed);
         let budget = weights.stack.random_budget(&mut random);
         let file = random.chance(40).then(|| Scratch::new(&weights.contents()));
-        let (flaky, _) = device(&mut random, on_cuda, file.as_ref()).expect("no fault yet");
+        // Weights that were trained, and every second fake driver, are for decoding.
+        let buffer = (seed % 8 == 7).then(|| Buffer::new(0));
+        let flaky = device(&mut random, on_cuda, file.as_ref(), buffer.as_ref());
+        let flaky = flaky.expect("no fault yet");
         let spec = Spec {
             profile: weights.stack.profile.clone(),
             sources: if file.is_some() { weights.in_file() } else { weights.in_memory() },
@@ -134,6 +118,9 @@ impl<'a> World<'a> {
             pinned_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
             staging_bytes: random.between(1, 4) << 16,
             ram_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
+            encode: Encode::Always,
+            encodable: vec![seed % 3 == 1; weights.stack.profile.tensors.len()],
+            encoded_bytes: 1 << 30,
             trace_uses: 16,
             options: Options {
                 poison: random.chance(50),
@@ -157,7 +144,19 @@ impl<'a> World<'a> {
             }
         };
         let sums = Sums { models: 1, ..Sums::default() };
-        Some(Self { random, weights, file, flaky, engine, arena, budget, sums, is_over: false })
+        let is_over = false;
+        Some(Self {
+            random,
+            weights,
+            file,
+            flaky,
+            engine,
+            arena,
+            _buffer: buffer,
+            budget,
+            sums,
+            is_over,
+        })
     }
 
     /// One use; whatever it answers, the bytes are right or it says why not.
@@ -315,6 +314,9 @@ fn note(flaky: &Flaky, sums: &mut Sums) {
 fn one(seed: u64) -> Sums {
     let mut random = Random::new(seed ^ 0xC4A05);
     let weights = Weights::new(Stack::random(&mut random), seed);
+    if seed % 3 == 1 {
+        (0..weights.stack.profile.tensors.len()).for_each(|tensor| weights.train(tensor, seed));
+    }
     let mut sums = Sums::default();
     // Every fourth on the fake driver, of which there is one.
     let session = (seed % 4 == 3).then(Session::new);

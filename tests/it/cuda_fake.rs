@@ -9,7 +9,7 @@ use dgls_core::driver::cuda::{CudaDevice, CudaOptions, driver_version};
 use dgls_core::driver::host::shim::{Pages, WeightFile};
 use dgls_core::driver::mutant::{Batches, Dropped, Mutant};
 use dgls_core::driver::{ComputeStream, Device, Source};
-use dgls_core::engine::{Engine, Options, Spec};
+use dgls_core::engine::{Adapt, Encode, Engine, Options, Spec};
 use dgls_core::{Error, Result, probe};
 
 use crate::fake::{Seen, Session, load};
@@ -34,6 +34,8 @@ pub(crate) struct Setup {
     pub(crate) dropped: Dropped,
     pub(crate) batches: Batches,
     pub(crate) timing: bool,
+    /// Device memory to decode from: all weights are encoded at the end of the first pass then.
+    pub(crate) decode_buffer: Option<(u64, u64)>,
 }
 
 impl Setup {
@@ -45,6 +47,7 @@ impl Setup {
             dropped: Dropped::default(),
             batches: Batches::Right,
             timing: false,
+            decode_buffer: None,
         }
     }
 }
@@ -60,6 +63,7 @@ impl<'a> Rig<'a> {
             ordinal: 0,
             files: files.into_iter().collect(),
             timing: setup.timing,
+            decode_buffer: setup.decode_buffer,
         })?);
         let device = match (setup.dropped, &setup.batches) {
             (dropped, Batches::Right) if dropped == Dropped::default() => device,
@@ -67,16 +71,23 @@ impl<'a> Rig<'a> {
                 Arc::new(Mutant::new(device, dropped).with_batches(batches.clone()))
             }
         };
+        let (encode, adapt) = match setup.decode_buffer {
+            Some(_) => (Encode::Always, Adapt::AtOnce),
+            None => (Encode::Off, Adapt::default()),
+        };
         let spec = Spec {
             profile: weights.stack.profile.clone(),
             sources: setup.sources.clone(),
+            encode,
+            encodable: vec![true; setup.sources.len()],
+            encoded_bytes: 1 << 30,
             budget_bytes: setup.budget,
             pinned_bytes: setup.pinned_bytes,
             ram_bytes: 0,
             page_cache_bytes: 0,
             staging_bytes: 3 << 16,
             trace_uses: 100,
-            options: Options { timing: setup.timing, ..Options::default() },
+            options: Options { timing: setup.timing, adapt, ..Options::default() },
             ..Spec::default()
         };
         let arena = Pages::new(setup.budget).expect("host memory");
@@ -103,6 +114,15 @@ impl<'a> Rig<'a> {
         self.engine.exit(compute)
     }
 
+    /// Goes on in an arena of another size.
+    pub(crate) fn rebuild(&mut self, session: &Session, budget: u64) {
+        let arena = Pages::new(budget).expect("host memory");
+        let rebuilt = self.engine.rebuild(budget, arena.address(), budget, session.stream(0));
+        rebuilt.expect("feasible");
+        session.synchronize();
+        self.arena = arena;
+    }
+
     /// Waits for all kernels and counts those that read wrong bytes.
     pub(crate) fn wrong(&mut self, session: &Session) -> usize {
         session.synchronize();
@@ -110,7 +130,9 @@ impl<'a> Rig<'a> {
             Source::Memory { address } => {
                 seen.bytes() != bytes_at(address, self.weights.stack.bytes(*tensor))
             }
-            Source::File { .. } => seen.bytes() != self.weights.tensor(*tensor),
+            Source::File { .. } | Source::Encoded { .. } => {
+                seen.bytes() != self.weights.tensor(*tensor)
+            }
         };
         let count = self.seen.iter().filter(|seen| wrong(seen)).count();
         self.seen.clear();

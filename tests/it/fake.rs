@@ -69,7 +69,7 @@ fn fake() -> &'static Fake {
 }
 
 /// What a test has to give back.
-const LIVE: [&str; 6] = ["streams", "events", "host_ranges", "pinned", "used", "refs"];
+const LIVE: [&str; 7] = ["streams", "events", "modules", "host_ranges", "pinned", "used", "refs"];
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -78,7 +78,7 @@ pub(crate) struct Session {
     fake: &'static Fake,
     streams: Vec<u64>,
     /// What others left behind, after a failure: no fault of this test.
-    before: [i64; 6],
+    before: [i64; LIVE.len()],
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -102,7 +102,8 @@ fn answer(call: impl FnOnce(*mut u64) -> u32) -> u64 {
 impl Session {
     pub(crate) fn new() -> Self {
         let alone = ONE_AT_A_TIME.lock();
-        let mut session = Self { fake: fake(), streams: Vec::new(), before: [0; 6], _alone: alone };
+        let mut session =
+            Self { fake: fake(), streams: Vec::new(), before: [0; LIVE.len()], _alone: alone };
         session.set("reset", 0);
         session.before = LIVE.map(|key| session.get(key));
         session.set_context(session.retain(0));

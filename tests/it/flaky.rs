@@ -2,12 +2,15 @@
 //! batch before the one that fails, and whose reads can be held back.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use dgls_core::driver::{ComputeStream, Device, EventSlot, H2d, Source, UseTimes};
 use dgls_core::{Error, Result};
 use parking_lot::{Condvar, Mutex};
+
+use crate::random::Random;
 
 /// How a call fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,6 +120,32 @@ impl Flaky {
     }
 }
 
+/// A call that may panic, as the fence around C++'s calls sees it. `None`: it did.
+pub(crate) fn fenced<T>(call: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(value) => Some(value),
+        Err(payload) => {
+            std::mem::forget(payload);
+            None
+        }
+    }
+}
+
+/// Which calls fail, and how.
+pub(crate) fn faults(random: &mut Random) -> BTreeMap<u64, Fault> {
+    use Fault::{Kills, Lost, OutOfMemory, Panics, Refused};
+    let spread = random.pick(&[30, 200, 800]);
+    let usual = random.between(1, 8);
+    let mut faults: BTreeMap<u64, Fault> = (0..usual)
+        .map(|_| (random.between(0, spread), random.pick(&[Refused, OutOfMemory])))
+        .collect();
+    // After one of these nothing more can happen.
+    if random.chance(30) {
+        faults.insert(random.between(0, spread), random.pick(&[Lost, Panics, Kills]));
+    }
+    faults
+}
+
 impl Device for Flaky {
     fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
         self.attempt("prepare")?;
@@ -139,6 +168,13 @@ impl Device for Flaky {
         });
         self.inner.copy_batch(&copies[..before])?;
         attempted
+    }
+    fn decodes(&self) -> bool {
+        self.inner.decodes()
+    }
+    fn wait_decoded(&self) -> Result<()> {
+        self.attempt("wait_decoded")?;
+        self.inner.wait_decoded()
     }
     fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
         self.inner.takes_as_one(source, bytes)

@@ -66,6 +66,13 @@ fn in_order_a_block_costs_four_commands_and_a_copy() {
     );
 }
 
+/// Whether the first copy waits for what is still decoded for uses that did not come.
+fn waits_for_decoding(commands: &[Command]) -> bool {
+    let copy = commands.iter().position(|command| matches!(command, Command::Copy { .. }));
+    let wait = commands.iter().position(|&command| command == Command::WaitDecoded);
+    wait.is_some_and(|wait| copy.is_none_or(|copy| wait < copy))
+}
+
 #[test]
 fn a_skipped_block_gives_its_slot_away_at_once() {
     let mut schedule = streaming(4, vec![0, 1, 2, 3]);
@@ -74,6 +81,9 @@ fn a_skipped_block_gives_its_slot_away_at_once() {
     let commands = enter(&mut schedule, 1);
     assert_eq!(copies(&commands), [2], "into the slot of block 0, beside block 1");
     assert!(!commands.contains(&Command::Cancel));
+    assert!(waits_for_decoding(&commands), "block 0 may not have been decoded yet: {commands:?}");
+    let next = exit(&mut schedule);
+    assert!(!next.contains(&Command::WaitDecoded), "once: {next:?}");
 }
 
 #[test]
@@ -83,6 +93,7 @@ fn what_comes_out_of_turn_is_fetched_on_demand() {
     let commands = enter(&mut schedule, 3);
     assert_eq!(commands[0], Command::Cancel);
     assert_eq!(copies(&commands)[0], 3);
+    assert!(waits_for_decoding(&commands), "{commands:?}");
     assert_eq!(commands.last().map(|last| matches!(last, Command::Acquire { .. })), Some(true));
 }
 
@@ -92,6 +103,7 @@ fn nothing_is_prefetched_beside_a_dormant_block_that_streams() {
     run(&mut schedule, [0, 1]);
     let fetched = enter(&mut schedule, 3);
     assert_eq!((fetched[0], copies(&fetched)), (Command::Cancel, vec![3]));
+    assert!(waits_for_decoding(&fetched), "{fetched:?}");
     assert_eq!(commands(|out| schedule.prefetch(out)), []);
     assert_eq!(copies(&exit(&mut schedule)), [0, 1], "what it displaced");
 }
@@ -194,7 +206,11 @@ fn changed_weights_are_brought_and_waited_for() {
     let mut schedule = resident(false);
     schedule.reload(1);
     let early = enter(&mut schedule, 0);
-    assert!(matches!(early[1..], [Command::Load { block: 1 }, Command::Ready { .. }]), "{early:?}");
+    let rest = &early[1..];
+    // What was on its way may be decoded still.
+    let [Command::WaitDecoded, Command::Load { block: 1 }, Command::Ready { .. }] = rest else {
+        panic!("{early:?}");
+    };
     exit(&mut schedule);
     assert!(!schedule.expects_quiet(1));
     assert!(matches!(enter(&mut schedule, 1)[..], [Command::Acquire { .. }]));

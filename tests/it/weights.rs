@@ -43,6 +43,12 @@ impl Weights {
         copy(self.address(tensor), fresh.as_ptr() as u64, bytes as u64);
     }
 
+    /// Puts bytes into a tensor that look like trained bf16 weights: few exponents are frequent.
+    pub(crate) fn train(&self, tensor: usize, seed: u64) {
+        let fresh = trained(self.stack.bytes(tensor), seed ^ (tensor as u64) << 32);
+        copy(self.address(tensor), fresh.as_ptr() as u64, self.stack.bytes(tensor));
+    }
+
     pub(crate) fn address(&self, tensor: usize) -> u64 {
         self.pages.address() + self.offsets[tensor]
     }
@@ -106,6 +112,25 @@ impl Weights {
         engine.end_pass();
         Ok(())
     }
+}
+
+/// So many bytes of bf16 weights, half of which have the greatest exponent, a fourth the next one,
+/// and so on.
+pub(crate) fn trained(bytes: u64, seed: u64) -> Vec<u8> {
+    let bytes = usize::try_from(bytes).expect("small");
+    let mut random = Random::new(seed);
+    let mut fresh: Vec<u8> = Vec::with_capacity(bytes + 8);
+    while fresh.len() < bytes {
+        for word in random.next().to_le_bytes().chunks_exact(4) {
+            let &[sign, mantissa, other, more] = word else { unreachable!("four of eight") };
+            let zeros = u16::from(other | 0x80).trailing_zeros() + u32::from(more & 1);
+            let exponent = 121 - u16::try_from(zeros).expect("at most 8");
+            let bits = u16::from(sign & 1) << 15 | exponent << 7 | u16::from(mantissa & 0x7F);
+            fresh.extend(bits.to_le_bytes());
+        }
+    }
+    fresh.truncate(bytes);
+    fresh
 }
 
 /// A copy of what lies at an address.

@@ -71,7 +71,7 @@ class Driver:
     def held(self) -> dict[str, int]:
         if self._library is None:
             return {}
-        names = ("used", "pinned", "host_ranges", "refs", "streams", "events")
+        names = ("used", "pinned", "host_ranges", "refs", "streams", "events", "modules")
         return {name: self.get(name) for name in names if self.get(name)}
 
 

@@ -32,6 +32,7 @@ def test_the_defaults_are_documented_ones() -> None:
     assert (config.source, config.source_path) == ("tensors", None)
     assert (config.pinned, config.pinned_bytes) == ("auto", None)
     assert config.staging == config.staging_bytes == 64 * 2**20
+    assert config.compress == "off"
     assert config.min_stream_bytes == 64 * 2**10
     assert config.trace_passes == 8
     assert config.poison is False
@@ -73,6 +74,9 @@ def test_each_field_says_unit_range_default_and_why_to_change_it() -> None:
         ("pinned", "2 GB", 2_000_000_000),
         ("staging", "4KiB", 4096),
         ("staging", 2**63 - 1, 2**63 - 1),
+        ("compress", "off", "off"),
+        ("compress", "auto", "auto"),
+        ("compress", "on", "on"),
         ("min_stream_bytes", 0, 0),
         ("min_stream_bytes", "1 MiB", 2**20),
         ("trace_passes", 0, 0),
@@ -118,6 +122,9 @@ def test_values_are_stored_in_one_form(field: str, value: object, stored: object
         ("pinned", -1, "pinned needs at least 0 B, found -1"),
         ("staging", 4095, r"staging needs at least 4\.00 KiB, found 4095"),
         ("staging", "auto", "staging needs a size"),
+        ("compress", "yes", 'compress needs "off", "auto" or "on", found \'yes\''),
+        ("compress", "ON", 'compress needs "off", "auto" or "on", found \'ON\''),
+        ("compress", "", "compress needs .* found ''"),
         ("min_stream_bytes", -1, "min_stream_bytes needs at least 0 B"),
         ("trace_passes", -1, "trace_passes needs 0 to 1024 passes, found -1"),
         ("trace_passes", 1025, "trace_passes needs 0 to 1024 passes, found 1025"),
@@ -155,6 +162,9 @@ def test_values_out_of_range_are_value_errors(field: str, value: object, message
         ("source", b"model.safetensors"),
         ("pinned", None),
         ("staging", None),
+        ("compress", None),
+        ("compress", True),
+        ("compress", 1),
         ("min_stream_bytes", None),
         ("trace_passes", True),
         ("trace_passes", 8.0),

@@ -31,7 +31,7 @@ def get(key):
     assert fake.fakecuda_get(key.encode(), ctypes.byref(value)) == 0, key
     return value.value
 def held():
-    names = ("used", "pinned", "host_ranges", "refs", "streams", "events")
+    names = ("used", "pinned", "host_ranges", "refs", "streams", "events", "modules")
     return {name: get(name) for name in names if get(name)}
 import torch, dgls_torch
 from helpers import SMALL, Snapshot, budgets, check, inputs, net, same, threads

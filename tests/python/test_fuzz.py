@@ -189,6 +189,7 @@ def numbers():
     return [number() for _ in range(chance.randrange(5))]
 MAKE = {
     "Tensor": tensor, "int": number, "bool": lambda: chance.random() < 0.5, "str": text,
+    "Optional[Tensor]": lambda: chance.choice([None, tensor()]),
     "List[int]": numbers,
     "List[Tensor]": lambda: [tensor() for _ in range(chance.randrange(4))],
     "List[str]": lambda: [text() for _ in range(chance.randrange(3))],

@@ -49,6 +49,8 @@ int posix_memalign(void **made, size_t to, size_t bytes) {
 COUNT = """
 import ctypes, gc, sys
 import torch, dgls_torch
+from compress_cases import LINK, ON, may_lock, passes, run, wide
+from compress_cases import x as wide_inputs
 from helpers import SMALL, Pair, budgets, inputs, net
 from torch import nn
 
@@ -89,6 +91,13 @@ for kind in ("plain", "wrapped"):
                     model(x)
                 if any(found := measure(model, x)[2:]):
                     print(kind, mode.__name__, found)
+
+model, options = wide(), {"trace_passes": 2, "adapt": False} | ON
+with dgls_torch.stream(model, budgets(model, **LINK)[3], **options) as s, torch.inference_mode():
+    if may_lock():
+        passes(s, lambda: run(model), run(model))
+    if any(found := measure(model, wide_inputs())[2:]):
+        print("encoded", found)
 """
 
 

@@ -158,6 +158,26 @@ def test_what_cannot_be_had_is_refused_with_numbers() -> None:
         budget({"pinned": "2GiB"}, replace(MACHINE, pin_limit_bytes=GIB), memory_bytes=4 * GIB)
 
 
+def test_encoded_weights_have_half_of_what_is_left_and_share_the_order_for_locks() -> None:
+    assert budget({}).encoded_bytes == budget({"compress": "off"}).encoded_bytes == 0
+    assert budget({"compress": "off", "pinned": "1TiB"}, locks="none").encoded_bytes == 0
+    for mode in ("auto", "on"):
+        half = budget({"compress": mode})
+        left = MACHINE.available_bytes - half.copies_bytes - half.staging_bytes
+        assert half.encoded_bytes == left // 2, "of what copies and chunks leave"
+        unlocked = budget({"compress": mode}, locks="none", filed_bytes=0)
+        assert (unlocked.encoded_bytes, unlocked.locked_bytes) == (12 * GIB - 32 * MIB, 0)
+        assert budget({"compress": mode}, may_encode=False).encoded_bytes == 0
+    on: dict[str, Any] = {"compress": "on"}
+    assert budget(on | {"pinned": "8GiB"}).locked_bytes == 8 * GIB
+    assert budget(on | {"pinned": 0}).locked_bytes == 1, "0 would be no limit"
+    few = replace(MACHINE, pin_limit_bytes=8 * GIB)
+    assert budget(on, few).locked_bytes == 8 * GIB
+    memlock = replace(MACHINE, memlock_limit_bytes=8 * MIB)
+    assert budget(on, memlock, locks="system").locked_bytes == 8 * MIB
+    assert budget(on, memlock).locked_bytes > 12 * GIB
+
+
 def test_a_refusal_takes_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, filed = net(), meta()
     expected = run(model)

@@ -7,7 +7,14 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dgls_torch.memory import host_memory, pin_limits, pinned_budget, preflight_host
+from dgls_torch.encoding import may_encode
+from dgls_torch.memory import (
+    encoded_budget,
+    host_memory,
+    pin_limits,
+    pinned_budget,
+    preflight_host,
+)
 from dgls_torch.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -31,17 +38,28 @@ class HostBudget:
         pinned_bytes: Most that is page-locked beside the staging chunks, in whole pages.
         copies_bytes: Most that holds copies of what the files hold, page-locked or not.
         staging_bytes: Most that the staging chunks take.
+        encoded_bytes: Most that holds encoded weights, page-locked beside the others.
+        locked_bytes: Most that is page-locked, encoded weights and those in place together, beside
+            the staging chunks; 0 where no one locks.
         page_cache_bytes: What the system's page cache has room for beside them; no budget of ours.
     """
 
     pinned_bytes: int
     copies_bytes: int
     staging_bytes: int
+    encoded_bytes: int
+    locked_bytes: int
     page_cache_bytes: int
 
 
 def host_budget(
-    config: StreamConfig, host: HostMemory, *, memory_bytes: int, filed_bytes: int, locks: Locks
+    config: StreamConfig,
+    host: HostMemory,
+    *,
+    memory_bytes: int,
+    filed_bytes: int,
+    locks: Locks,
+    may_encode: bool = True,
 ) -> HostBudget:
     """Splits the host memory that a configuration allows, and checks that it is there.
 
@@ -56,6 +74,7 @@ def host_budget(
         filed_bytes: Bytes of those that are in files, in whole pages.
         locks: Who locks pages: a GPU's driver, the system, or no one, because the device copies
             from any memory.
+        may_encode: Whether there are weights that ``compress`` is for.
 
     Raises:
         MemoryError: What was ordered is more than some limit leaves; the message names it.
@@ -75,11 +94,15 @@ def host_budget(
         preflight_host(
             copies + min(staging, _MOST_STAGING), f"ram={config.ram!r}, which is {parts},", host
         )
+    taken = copies + min(staging, _MOST_STAGING)
+    encoded = encoded_budget(host, taken) if may_encode and config.compress != "off" else 0
     return HostBudget(
         pinned_bytes=pinned,
         copies_bytes=copies,
         staging_bytes=staging,
-        page_cache_bytes=max(0, host.available_bytes - pinned - copies - staging),
+        encoded_bytes=encoded,
+        locked_bytes=_locked(config, host, locks, pinned),
+        page_cache_bytes=max(0, host.available_bytes - pinned - copies - staging - encoded),
     )
 
 
@@ -100,6 +123,7 @@ def budget_of(config: StreamConfig, device: torch.device, parts: list[Part]) -> 
         memory_bytes=sum(part.bytes for part in parts) - sum(filed),
         filed_bytes=sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in filed),
         locks=locks,
+        may_encode=any(may_encode(part) for part in parts),
     )
 
 
@@ -110,6 +134,15 @@ def _pinned(config: StreamConfig, host: HostMemory, locks: Locks) -> int:
     if config.pinned_bytes is None:
         chosen = min(chosen, *(left for left, _ in pin_limits(host, by_driver=locks == "driver")))
     return chosen
+
+
+def _locked(config: StreamConfig, host: HostMemory, locks: Locks, pinned: int) -> int:
+    """What an order for page-locks allows, or, where there is none, the system."""
+    if locks == "none":
+        return 0
+    if config.pinned_bytes is not None:
+        return max(1, pinned)
+    return max(1, min(left for left, _ in pin_limits(host, by_driver=locks == "driver")))
 
 
 def _check_pins(pinned: int, need: int, host: HostMemory, locks: Locks) -> None:

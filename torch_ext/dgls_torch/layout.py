@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dgls_torch import encoding
 from dgls_torch.blocks import (
     check_disjoint,
     chosen_blocks,
@@ -92,8 +93,13 @@ class Layout:
         self.names = [name for name, _ in anatomy.blocks]
         self.weights = anatomy.weights
         self.modules = [_weak(block) for _, block in anatomy.blocks]
-        self.outside_bytes = anatomy.outside_bytes
+        parts = [part for weights in self.weights for w in weights for part in w.parts]
         self.vram_bytes = self.budget(config, None)
+        self.decode_bytes = encoding.buffer_bytes(config, self.device, parts, self.vram_bytes)
+        least = anatomy.outside_bytes + self.decode_bytes + max(self.block_bytes)
+        if config.compress == "auto" and self.vram_bytes < least:
+            self.decode_bytes = 0  # rather as it is than not at all
+        self.outside_bytes = anatomy.outside_bytes + self.decode_bytes
         self._check_budget()
 
         self._held = anatomy.held
@@ -149,10 +155,10 @@ class Layout:
         if vram_bytes < needed:
             raise ValueError(
                 f"vram is {format_bytes(vram_bytes)} ({vram_bytes} bytes), which is too small: the "
-                f"resident blocks take {format_bytes(stay)}, the weights outside of the blocks "
-                f"{format_bytes(self.outside_bytes)}, and the largest of the other blocks "
-                f"{format_bytes(max(others, default=0))}; the smallest budget for this choice is "
-                f"{format_bytes(needed)} ({needed} bytes)"
+                f"resident blocks take {format_bytes(stay)}, the weights outside of the blocks"
+                f"{self._buffer} {format_bytes(self.outside_bytes)}, and the largest of the other "
+                f"blocks {format_bytes(max(others, default=0))}; the smallest budget for this "
+                f"choice is {format_bytes(needed)} ({needed} bytes)"
             )
 
     def is_current(self) -> bool:
@@ -183,12 +189,17 @@ class Layout:
             return
         sizes = self.block_bytes
         largest = sizes.index(max(sizes))
+        needed = f"{format_bytes(self.least_bytes)} ({self.least_bytes} bytes)"
         raise ValueError(
             f"vram is {format_bytes(vram)} ({vram} bytes), which is too small: the weights outside "
-            f"of the blocks take {format_bytes(self.outside_bytes)}, and the largest block, "
-            f"'{self.names[largest]}', needs {format_bytes(sizes[largest])}; the smallest budget "
-            f"that works is {format_bytes(self.least_bytes)} ({self.least_bytes} bytes)"
+            f"of the blocks{self._buffer} take {format_bytes(self.outside_bytes)}, and the largest "
+            f"block, '{self.names[largest]}', needs {format_bytes(sizes[largest])}; the smallest "
+            f"budget that works is {needed}"
         )
+
+    @property
+    def _buffer(self) -> str:
+        return " and the buffer to decode from" if self.decode_bytes else ""
 
     def check_budget(self, vram_bytes: int) -> None:
         """Refuses a budget that is too small, naming the block and the smallest that works."""

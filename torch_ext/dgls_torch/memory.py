@@ -209,9 +209,22 @@ def pinned_budget(pinned: object, host: HostMemory) -> int:
         return ordered
     if host.wsl:
         return 0
-    kept = max(2 * GIB, host.physical_bytes // 8)
-    chosen = max(0, min(host.available_bytes // 2, host.available_bytes - kept))
+    chosen = _half(host, host.available_bytes)
     return chosen if host.pin_limit_bytes is None else min(chosen, host.pin_limit_bytes)
+
+
+def encoded_budget(host: HostMemory, taken_bytes: int) -> int:
+    """Returns how many bytes of host memory may hold encoded weights, beside ``taken_bytes``.
+
+    It is new memory, other than what is page-locked in place: of what is left as much as
+    ``pinned="auto"`` takes.
+    """
+    return _half(host, host.available_bytes - taken_bytes)
+
+
+def _half(host: HostMemory, left: int) -> int:
+    """Half of what is left, and never so much that little of the machine stays available."""
+    return max(0, min(left // 2, left - max(2 * GIB, host.physical_bytes // 8)))
 
 
 def pin_limits(host: HostMemory, *, by_driver: bool) -> Iterator[tuple[int, str]]:

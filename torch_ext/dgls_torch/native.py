@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dgls_torch import _C, untraced
+from dgls_torch import _C, encoding, untraced
 from dgls_torch.arena import empty_arena
 from dgls_torch.guard import Guard
 from dgls_torch.host_budget import HostBudget, budget_of
@@ -70,7 +70,10 @@ class Engine:
         self._blocks = [b for b, _ in sequence]
         self._sizes = [p.bytes for _, p in sequence]
         self._budget = self.vram_bytes - layout.outside_bytes
-        host = budget_of(config, layout.device, [p for _, p in sequence])
+        moved = [p for _, p in sequence]
+        host = budget_of(config, layout.device, moved)
+        # Before the peak is watched: it is no part of the activations.
+        encoded = encoding.options(config, layout.device, moved, host, layout.decode_bytes)
         self._arena = empty_arena(min(self._budget, sum(layout.block_bytes)), layout.device)
         self._watch_peak()
         files = [] if layout.source is None else [str(f.path) for f in layout.source.files]
@@ -98,7 +101,8 @@ class Engine:
             resident_blocks=layout.chosen(config.resident or ()),
             window=-1 if config.prefetch is None else config.prefetch,
             verify=config.verify,
-            names=part_names(layout.weights, [p for _, p in sequence]),
+            names=part_names(layout.weights, moved),
+            **encoded,
             # For tests: another driver than the arena's, and waits taken out.
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
@@ -348,6 +352,9 @@ class Engine:
             host=HostUse.of(_ops.host(self.number)),
             verified_bytes=stats[12],
             mismatches=stats[13],
+            encoded_bytes_total=stats[14],
+            decoded_bytes_total=stats[15],
+            encoded_held_bytes=stats[16],
             timeline=tuple(self._timeline()),
             last_errors=tuple(_ops.errors(self.number).splitlines()),
             config=self._config,
@@ -378,6 +385,6 @@ def _increment(weights: list[Weight], made: list[torch.Tensor]) -> Any:
 
 def _guard_of(number: int, host: HostBudget) -> Guard:
     guard = Guard(lambda lacking: _ops.give_back(number, lacking))
-    if host.pinned_bytes or host.copies_bytes:
+    if host.pinned_bytes or host.copies_bytes or host.encoded_bytes:
         guard.start()
     return guard

@@ -19,7 +19,11 @@ budget_bytes, ...)``
     ``adapt``: time every pass and look for better plans in a thread; ``wants_rebuild`` says when
     one was found. ``manual``: ``resident_blocks`` stay whole, all others are streamed whole.
     ``window``: blocks that are copied ahead at most, or -1. ``verify``: compare what arrives with
-    its source. ``names``: one a line for each tensor, for messages.
+    its source. ``names``: one a line for each tensor, for messages. ``encode``: 0 never, 1 where
+    copies decide, 2 always; the tensors whose numbers ``encodable`` has, bf16 all of them, in up to
+    ``encoded_bytes`` of host memory; ``locked_bytes``: most that is page-locked, those included;
+    ``decode_buffer``: uint8, one dimension, on the device of the arena, 11 MiB and more, if that
+    is a GPU.
 ``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
     What another budget would give; and a change to it, or to the better plan that was found.
     ``rebuild`` blocks until the device is done with the old arena, and moves what stays to the new
@@ -52,6 +56,20 @@ At each block, on torch's current stream:
 ``give_back(engine, bytes)``
     The system lacks so many bytes of memory: before the next ``wait`` ends, page-locks and copies
     of files are given back, as many as there are. Returns at once.
+
+Weights by themselves, without an engine and on the CPU (docs/encoded-format.md, Stream):
+
+``encode(weights) -> encoded``
+    The lossless encoded form of a contiguous bfloat16 tensor of any shape: uint8, one dimension,
+    256 bytes or more. Trained weights take about 11 bits of 16; what would not become smaller is
+    kept as it is, so that the most it grows by are 279 bytes and 8 for each 4 MiB. The shape is
+    not in it. At its end the result is in memory twice. For autograd it is a constant.
+``decode(encoded, elements) -> weights``
+    The same bits in a new bfloat16 tensor of one dimension. ``elements``: how many were encoded;
+    another number than the stream has is refused, as is all that contradicts itself, before memory
+    is taken. There is no checksum: a changed bit of a weight is not seen.
+    Tensors of other devices are refused: weights are encoded on the host, and on the device an
+    engine decodes them. Both take one core, and others may work beside them.
 
 Afterwards: ``stats(engine)``, ``trace(engine)``, ``host(engine)`` (see `dgls_torch.report`),
 ``errors(engine)``, the last ones, one a line; ``destroy(engine)``.
@@ -87,3 +105,29 @@ def _create(arena: torch.Tensor, weights: list[torch.Tensor], *_: object, **__: 
         "torch.ops.dgls.create needs tensors with memory, none on meta, and cannot be traced: make "
         "the engine before compiling"
     )
+
+
+def _check_host(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    """Refuse while tracing what would be refused afterwards."""
+    if tensor.device.type != "cpu":
+        raise RuntimeError(
+            f"dgls: {name} must be on the CPU, found {tensor.device}: weights are encoded on the "
+            "host, and on the device an engine decodes them"
+        )
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"dgls: {name} must be {dtype}, found {tensor.dtype}")
+
+
+@torch.library.register_fake("dgls::encode")
+def _encode(weights: torch.Tensor) -> torch.Tensor:
+    """Only the weights say how many bytes they take."""
+    _check_host(weights, "weights", torch.bfloat16)
+    size = torch.library.get_ctx().new_dynamic_size(min=256)
+    return weights.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("dgls::decode")
+def _decode(encoded: torch.Tensor, elements: int) -> torch.Tensor:
+    """As many as are asked for, or an error."""
+    _check_host(encoded, "encoded", torch.uint8)
+    return encoded.new_empty(elements, dtype=torch.bfloat16)

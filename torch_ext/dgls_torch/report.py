@@ -196,7 +196,11 @@ class Report:
         rebuilds: Times the plan was made anew for a newly learned order or for measured times;
             ``adopted``: those for measured times.
         errors: Device errors so far.
-        h2d_bytes_total: Bytes copied to the device so far; ``copies``: in how many copies.
+        h2d_bytes_total: Bytes copied to the device so far, as they went over the link;
+            ``copies``: in how many copies.
+        encoded_bytes_total: Of those bytes the encoded ones; ``decoded_bytes_total``: what they
+            were decoded to. 0 without ``compress``.
+        encoded_held_bytes: Page-locked bytes of host memory that hold encoded weights now.
         pinned_bytes: Host bytes page-locked in place; ``pin_failures``: page-locks refused.
         staging_bytes: Page-locked bytes of the staging chunks.
         host: Where on the host the weights come from.
@@ -223,6 +227,9 @@ class Report:
     host: HostUse
     verified_bytes: int
     mismatches: int
+    encoded_bytes_total: int
+    decoded_bytes_total: int
+    encoded_held_bytes: int
     timeline: tuple[Use, ...]
     last_errors: tuple[str, ...]
     config: StreamConfig
@@ -357,6 +364,10 @@ class Report:
         pinned = f"{format_bytes(self.pinned_bytes)} in place, {self.pin_failures} refused"
         rows.append(("page-locked", f"{pinned}, {format_bytes(self.staging_bytes)} staging"))
         rows += self.host.rows()
+        if self.encoded_bytes_total:
+            share = self.encoded_bytes_total / self.decoded_bytes_total
+            held = format_bytes(self.encoded_held_bytes)
+            rows.append(("encoded", f"{held} held, {100 * share:.1f} % of their size on the link"))
         if self.verified_bytes:
             verified = f"{format_bytes(self.verified_bytes)}, {self.mismatches} mismatches"
             rows.append(("verified", verified))

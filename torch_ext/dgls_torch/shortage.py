@@ -118,4 +118,5 @@ def _free_now(layout: Layout, config: StreamConfig) -> int:
     if layout.device.type != "cuda":
         return layout.vram_bytes
     torch.cuda.empty_cache()
-    return layout.budget(config, None) + layout.outside_bytes
+    # The buffer to decode from is not held yet.
+    return layout.budget(config, None) + layout.outside_bytes - layout.decode_bytes

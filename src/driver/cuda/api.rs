@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 pub(super) type Context = sys::CUcontext;
 pub(super) type Stream = sys::CUstream;
 pub(super) type EventHandle = sys::CUevent;
+pub(super) type Module = sys::CUmodule;
+pub(super) type Function = sys::CUfunction;
 
 macro_rules! table {
     ($($name:ident($($argument:ty),*);)*) => {
@@ -68,6 +70,22 @@ table! {
     cuMemFreeHost(*mut c_void);
     cuMemHostRegister_v2(*mut c_void, usize, u32);
     cuMemHostUnregister(*mut c_void);
+    cuModuleLoadData(*mut Module, *const c_void);
+    cuModuleGetFunction(*mut Function, Module, *const c_char);
+    cuModuleUnload(Module);
+    cuLaunchKernel(
+        Function,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        u32,
+        Stream,
+        *mut *mut c_void,
+        *mut *mut c_void
+    );
 }
 
 /// # Safety

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys;
 
+use super::H2d;
 use super::api::{self, Api, Stream};
+use super::copies::host_address;
 use super::stream::CopyStream;
-use super::{H2d, host_address};
 use crate::error::Result;
 use crate::units::index;
 

@@ -4,6 +4,9 @@
 mod api;
 mod batch;
 mod clock;
+mod copies;
+mod decoder;
+mod list;
 mod locks;
 mod slot;
 mod stream;
@@ -17,6 +20,7 @@ use parking_lot::Mutex;
 pub use self::api::driver_version;
 use self::batch::Batches;
 use self::clock::Clock;
+use self::decoder::Decoder;
 use self::locks::Locks;
 use self::slot::Slot;
 use self::stream::{CopyStream, EVENT_BLOCKING, EVENT_TIMED, Event, Primary};
@@ -38,6 +42,9 @@ pub struct CudaOptions {
     pub files: Files,
     /// Whether events carry times.
     pub timing: bool,
+    /// Device memory to decode from, if weights are to come encoded: its address and its size, kept
+    /// alive by the caller.
+    pub decode_buffer: Option<(u64, u64)>,
 }
 
 /// A CUDA device. Fields drop in order: events and stream before the context.
@@ -46,6 +53,7 @@ pub struct CudaDevice {
     slots: Mutex<Vec<Slot>>,
     chunks: Mutex<Vec<Arc<Event>>>,
     clock: Mutex<Option<Clock>>,
+    decoder: Option<Decoder>,
     copy_stream: CopyStream,
     batches: Batches,
     locks: Mutex<Locks>,
@@ -59,18 +67,21 @@ impl CudaDevice {
     ///
     /// # Errors
     ///
-    /// [`Error::NoDriver`] with the reason, or the driver's error.
+    /// [`Error::NoDriver`] with the reason, the driver's error, or, with a buffer to decode from,
+    /// why the device does not decode.
     pub fn new(options: CudaOptions) -> Result<Self> {
         driver_version()?;
         let primary = Primary::retain(api::api()?, options.ordinal)?;
-        let copy_stream = {
+        let (copy_stream, decoder) = {
             let _bound = primary.bind()?;
-            CopyStream::new(primary.api)?
+            let made = |(buffer, bytes)| Decoder::new(primary.api, buffer, bytes);
+            (CopyStream::new(primary.api)?, options.decode_buffer.map(made).transpose()?)
         };
         Ok(Self {
             slots: Mutex::new(Vec::new()),
             chunks: Mutex::new(Vec::new()),
             clock: Mutex::new(None),
+            decoder,
             copy_stream,
             batches: Batches::new(primary.api),
             locks: Mutex::new(Locks::default()),
@@ -85,20 +96,9 @@ impl CudaDevice {
         act(&self.slots.lock()[index(slot.0)])
     }
 
-    /// Enqueues one copy; the context is current.
-    fn copy_one(&self, copy: &H2d) -> Result<()> {
-        let (source, api) = (host_address(copy)?, self.primary.api);
-        // SAFETY: the engine checked the target against the arena; the source is page-locked and
-        // kept alive by the owner of the engine, or a staging chunk whose end is marked.
-        let code = unsafe {
-            (api.cuMemcpyHtoDAsync_v2)(
-                copy.target,
-                index(source) as *const c_void,
-                index(copy.bytes),
-                self.copy_stream.raw,
-            )
-        };
-        api.check("cuMemcpyHtoDAsync", code)
+    /// Blocks until all that was enqueued has been decoded; the context is current.
+    fn decoded(&self) -> Result<()> {
+        self.decoder.as_ref().map_or(Ok(()), Decoder::synchronize)
     }
 
     /// Allocates device memory outside of torch, for measuring a link.
@@ -124,19 +124,6 @@ impl CudaDevice {
     }
 }
 
-/// The first byte of a source in memory.
-///
-/// # Errors
-///
-/// [`Error::Internal`] for a file.
-fn host_address(copy: &H2d) -> Result<u64> {
-    match copy.source {
-        Source::Memory { address } => Ok(address),
-        Source::File { .. } => Err(Error::Internal("a file is not copied without staging".into())),
-    }
-}
-
-/// Records an event, if there is one, on the compute stream.
 impl Device for CudaDevice {
     fn prepare(&self, slots: u32, chunks: u32) -> Result<()> {
         let _bound = self.primary.bind()?;
@@ -163,24 +150,22 @@ impl Device for CudaDevice {
     }
 
     fn copy(&self, source: Source, target: u64, bytes: u64) -> Result<()> {
-        let _bound = self.primary.bind()?;
-        self.copy_one(&H2d { source, target, bytes })
+        self.copy_batch(&[H2d { source, target, bytes }])
     }
 
     fn copy_batch(&self, copies: &[H2d]) -> Result<()> {
         let _bound = self.primary.bind()?;
-        for part in copies.chunks(batch::MOST) {
-            if !self.batches.copy(part, &self.copy_stream)? {
-                part.iter().try_for_each(|copy| self.copy_one(copy))?;
-            }
-        }
-        Ok(())
+        self.copy_all(copies)
+    }
+
+    fn decodes(&self) -> bool {
+        self.decoder.is_some()
     }
 
     fn takes_as_one(&self, source: Source, bytes: u64) -> bool {
         match source {
             Source::Memory { address } => self.locks.lock().cover(address, bytes),
-            Source::File { .. } => false,
+            Source::File { .. } | Source::Encoded { .. } => false,
         }
     }
 
@@ -205,6 +190,11 @@ impl Device for CudaDevice {
         self.on(slot, |events| events.done.hold(self.copy_stream.raw))
     }
 
+    fn wait_decoded(&self) -> Result<()> {
+        let _bound = self.primary.bind()?;
+        self.decoder.as_ref().map_or(Ok(()), |decoder| decoder.hold(&self.copy_stream))
+    }
+
     fn mark_copy_start(&self, slot: EventSlot) -> Result<()> {
         let stream = self.copy_stream.raw;
         self.on(slot, |events| {
@@ -215,8 +205,11 @@ impl Device for CudaDevice {
     }
 
     fn mark_ready(&self, slot: EventSlot) -> Result<()> {
-        let stream = self.copy_stream.raw;
         self.on(slot, |events| {
+            let stream = match &self.decoder {
+                Some(decoder) => decoder.end_of(&self.copy_stream)?,
+                None => self.copy_stream.raw,
+            };
             if let Some(timed) = events.timed_now(&events.times_copies) {
                 timed.copy_end.record(stream)?;
             }
@@ -360,7 +353,7 @@ impl Device for CudaDevice {
 
     fn quiesce(&self, last: Option<EventSlot>) -> Result<()> {
         let _bound = self.primary.bind()?;
-        let copies = self.copy_stream.synchronize();
+        let copies = self.copy_stream.synchronize().and(self.decoded());
         let done = last.map_or(Ok(()), |slot| self.slots.lock()[index(slot.0)].done.synchronize());
         copies.and(done)
     }
@@ -371,8 +364,10 @@ impl Drop for CudaDevice {
         // Events and the stream are released with the context current; work ends before.
         let _bound = self.primary.bind();
         let _ = self.copy_stream.synchronize();
+        let _ = self.decoded();
         self.slots.lock().clear();
         self.chunks.lock().clear();
         *self.clock.lock() = None;
+        self.decoder = None;
     }
 }

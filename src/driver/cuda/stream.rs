@@ -73,6 +73,15 @@ impl Drop for Bound<'_> {
     }
 }
 
+/// The least priority and the greatest.
+fn priorities(api: &'static Api) -> Result<(i32, i32)> {
+    let (mut least, mut greatest) = (0, 0);
+    // SAFETY: writes two numbers.
+    let code = unsafe { (api.cuCtxGetStreamPriorityRange)(&raw mut least, &raw mut greatest) };
+    api.check("cuCtxGetStreamPriorityRange", code)?;
+    Ok((least, greatest))
+}
+
 /// A stream of ours.
 #[derive(Debug)]
 pub(super) struct CopyStream {
@@ -88,14 +97,22 @@ unsafe impl Sync for CopyStream {}
 impl CopyStream {
     /// A non-blocking stream of the least priority; a context must be current.
     pub(super) fn new(api: &'static Api) -> Result<Self> {
-        let (mut least, mut greatest) = (0, 0);
-        // SAFETY: writes two numbers.
-        let code = unsafe { (api.cuCtxGetStreamPriorityRange)(&raw mut least, &raw mut greatest) };
-        api.check("cuCtxGetStreamPriorityRange", code)?;
+        let (least, _) = priorities(api)?;
+        Self::with_priority(api, least)
+    }
+
+    /// A non-blocking stream of the greatest priority, for short kernels that others wait for.
+    pub(super) fn urgent(api: &'static Api) -> Result<Self> {
+        let (_, greatest) = priorities(api)?;
+        Self::with_priority(api, greatest)
+    }
+
+    fn with_priority(api: &'static Api, priority: i32) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes one handle.
-        let code =
-            unsafe { (api.cuStreamCreateWithPriority)(&raw mut raw, STREAM_NON_BLOCKING, least) };
+        let code = unsafe {
+            (api.cuStreamCreateWithPriority)(&raw mut raw, STREAM_NON_BLOCKING, priority)
+        };
         api.check("cuStreamCreateWithPriority", code)?;
         Ok(Self { api, raw })
     }

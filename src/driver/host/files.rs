@@ -2,6 +2,7 @@
 //! cache.
 
 use super::shim::{self, WeightFile};
+use crate::codec;
 use crate::driver::Source;
 use crate::error::{Error, Result};
 use crate::units::index;
@@ -23,7 +24,7 @@ impl Files {
     }
 
     /// Reads `bytes` bytes of `source` into host memory at `address`; blocks. Files are read
-    /// through the page cache.
+    /// through the page cache; what is encoded is decoded.
     ///
     /// # Errors
     ///
@@ -35,6 +36,9 @@ impl Files {
                 Ok(())
             }
             Source::File { file, offset } => self.get(file)?.read_at(offset, address, bytes),
+            Source::Encoded { address: from, bytes: encoded } => {
+                decode(from, u64::from(encoded), address, bytes)
+            }
         }
     }
 
@@ -54,8 +58,20 @@ impl Files {
     /// [`Error::Read`].
     pub fn read_directly(&self, source: Source, address: u64, bytes: u64) -> Result<bool> {
         match source {
-            Source::Memory { .. } => self.read(source, address, bytes).map(|()| false),
+            Source::Memory { .. } | Source::Encoded { .. } => {
+                self.read(source, address, bytes).map(|()| false)
+            }
             Source::File { file, offset } => self.get(file)?.read_directly(offset, address, bytes),
         }
     }
+}
+
+/// Decodes the segment of `encoded` bytes at `from` into the `bytes` bytes at `address`.
+fn decode(from: u64, encoded: u64, address: u64, bytes: u64) -> Result<()> {
+    let (mut segment, mut raw) = (vec![0_u8; index(encoded)], vec![0_u8; index(bytes)]);
+    shim::copy(segment.as_mut_ptr() as u64, from, encoded);
+    codec::decode(std::hint::black_box(&segment), &mut raw)
+        .map_err(|found| Error::Internal(format!("an encoded segment: {found}")))?;
+    shim::copy(address, std::hint::black_box(raw).as_ptr() as u64, bytes);
+    Ok(())
 }

@@ -130,6 +130,10 @@ impl Device for HostDevice {
         self.shared.is_pending(slot)
     }
 
+    fn decodes(&self) -> bool {
+        true
+    }
+
     fn takes(&self, source: Source, page_locked: bool) -> bool {
         // Files are read ahead by several threads, into chunks.
         let in_memory = matches!(source, Source::Memory { .. });

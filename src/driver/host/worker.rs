@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::HostOptions;
 use super::files::Files;
 use super::shim;
-use crate::driver::{EventSlot, Source, UseTimes};
+use crate::driver::{EventSlot, H2d, Source, UseTimes};
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex, may_switch};
 use crate::units::index;
@@ -35,10 +35,10 @@ pub(super) enum Op {
 }
 
 impl Op {
-    /// Bytes to move; reading a file counts as more than any copy.
+    /// Bytes to move; reading a file, or decoding, counts as more than any copy.
     fn bytes(self) -> u64 {
         match self {
-            Self::Copy { source: Source::File { .. }, .. } => u64::MAX,
+            Self::Copy { source: Source::File { .. } | Source::Encoded { .. }, .. } => u64::MAX,
             Self::Copy { bytes, .. } | Self::Fill { bytes, .. } => bytes,
             Self::CopyStart(_) | Self::Chunk(_) | Self::Ready(_) | Self::Stop => 0,
         }
@@ -301,6 +301,7 @@ impl Shared {
             self.state.lock().error.get_or_insert(error);
         }
         if self.options.copy_bytes_per_s > 0 {
+            let bytes = H2d { source, target, bytes }.link_bytes();
             let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.options.copy_bytes_per_s);
             let due = Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX));
             #[expect(clippy::disallowed_methods, reason = "the modelled link is busy meanwhile")]

@@ -32,6 +32,7 @@ impl Core {
     /// A pass has ended: takes up the outcome of a search for a plan, or starts one.
     pub(in crate::engine) fn pass_ended(&mut self) {
         self.refresh();
+        self.keep_encoding();
         let adapt = self.spec.options.adapt;
         if adapt == Adapt::Off || self.plan.streamed_bytes == 0 || !self.is_open() {
             return;

@@ -28,7 +28,7 @@ impl Host {
     pub(in crate::engine) fn locker(&self, spec: &Spec) -> Locker {
         let span = |(source, bytes): (&Source, u64)| match *source {
             Source::Memory { address } => Some(Span { address, bytes }),
-            Source::File { .. } => None,
+            Source::File { .. } | Source::Encoded { .. } => None,
         };
         let sizes = spec.profile.tensors.iter().map(|tensor| tensor.bytes);
         Locker {

@@ -3,15 +3,18 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
+use super::encoder::Encode;
 use super::lane::Weight;
 use crate::driver::host::shim::{SECTOR_BYTES, page_bytes};
 use crate::driver::{Device, Source};
 use crate::engine::Spec;
 use crate::error::Result;
 use crate::plan::{Plan, Tensor};
-use crate::pool::{Cache, Pins, SharedChoice, Span, Staging, new_choice, spread, whole_pages};
+use crate::pool::{
+    Cache, Codes, Pins, SharedChoice, Span, Staging, new_choice, spread, whole_pages,
+};
 use crate::units::{index, narrow};
 
 /// Bytes of one staging chunk: enough for the full rate of a link, and so few that several threads
@@ -29,6 +32,12 @@ pub(in crate::engine) struct Host {
     // Dropped before the copies, some of which it locks.
     pub(super) pins: Pins,
     pub(in crate::engine) cache: Arc<RwLock<Cache>>,
+    // As the copies.
+    pub(in crate::engine) codes: Arc<RwLock<Codes>>,
+    /// Bytes that encoded weights may take while this plan is in force.
+    pub(super) code_room: u64,
+    /// Tensors that encoding makes no smaller, or that there is no memory for.
+    pub(super) hopeless: Arc<Mutex<Vec<u32>>>,
     pub(in crate::engine) choice: SharedChoice,
     /// Whether it was prepared for a plan before.
     is_prepared: bool,
@@ -61,6 +70,9 @@ impl Host {
             pins: Pins::none(Arc::clone(&device)),
             device,
             cache: Arc::default(),
+            codes: Arc::default(),
+            code_room: 0,
+            hopeless: Arc::default(),
             choice: new_choice(),
             is_prepared: false,
             seen: 0,
@@ -74,6 +86,11 @@ impl Host {
     /// reads host weights meanwhile.
     pub(in crate::engine) fn prepare(&mut self, spec: &Spec, plan: &Plan) {
         let streamed = |number: &usize| !plan.resident[*number];
+        if self.is_prepared {
+            self.keep_codes(plan);
+        } else {
+            *self.codes.write() = Codes::new(spec.sources.len());
+        }
         let all = 0..spec.sources.len();
         let sizes = self.copies(spec, all.clone().filter(streamed).collect());
         let mut cache = self.cache.write();
@@ -87,7 +104,7 @@ impl Host {
             (Source::Memory { address }, None) => {
                 Some(Span { address, bytes: spec.profile.tensors[number].bytes })
             }
-            (Source::File { .. }, None) => None,
+            (Source::File { .. } | Source::Encoded { .. }, None) => None,
         };
         let takes =
             |span: &Span| self.device.takes(Source::Memory { address: span.address }, false);
@@ -105,6 +122,7 @@ impl Host {
             self.choice.lock().warm(read_bytes);
         }
         self.is_prepared = true;
+        self.code_room = self.codes.read().bytes();
         let budget_bytes = self.lockable(spec);
         let pages: Vec<u64> = spans.iter().map(|&span| pages(span)).collect();
         let chosen = spread(&pages, budget_bytes);
@@ -113,11 +131,15 @@ impl Host {
         // The rest for what may be refused, or shares its pages.
         let spans: Vec<Span> = first.into_iter().chain(rest).map(|(span, _)| span).collect();
         self.pins.lock(&spans, budget_bytes, page_bytes());
+        // What is left is theirs, until the next plan may lock other weights in place.
+        let left = all_locks(spec).saturating_sub(self.pins.page_bytes(page_bytes()));
+        self.code_room = if spec.encode == Encode::Off { 0 } else { spec.encoded_bytes.min(left) };
     }
 
     /// How many bytes may be page-locked in place.
     pub(super) fn lockable(&self, spec: &Spec) -> u64 {
-        spec.pinned_bytes.min(self.most.0)
+        let beside = all_locks(spec).saturating_sub(self.code_room);
+        spec.pinned_bytes.min(self.most.0).min(beside)
     }
 
     /// For each tensor the size of its copy in RAM, if it is to have one.
@@ -150,7 +172,7 @@ impl Host {
                 Source::Memory { address } => {
                     self.pins.covers(Span { address, bytes: tensor.bytes })
                 }
-                Source::File { .. } => false,
+                Source::File { .. } | Source::Encoded { .. } => false,
             };
             Weight { source, direct: self.device.takes(source, locked) }
         };
@@ -170,6 +192,7 @@ impl Host {
         self.device.finish_reads();
         self.pins = Pins::none(Arc::clone(&self.device));
         *self.cache.write() = Cache::default();
+        *self.codes.write() = Codes::default();
     }
 
     /// Gives all page-locks up, because staging needs the room.
@@ -287,6 +310,11 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.clear();
     }
+}
+
+/// How many bytes may be page-locked in all.
+fn all_locks(spec: &Spec) -> u64 {
+    if spec.locked_bytes == 0 { u64::MAX } else { spec.locked_bytes }
 }
 
 /// Bytes of the pages that a span touches.

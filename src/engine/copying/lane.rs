@@ -2,15 +2,15 @@
 //! or in the staging thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
+use super::moved::Moved;
 use crate::driver::{Device, H2d, Source};
 use crate::engine::command::Command;
 use crate::error::{Error, Result};
 use crate::plan::{Copy, Program};
-use crate::pool::{Arena, Cache, Piece, Staging};
+use crate::pool::{Arena, Cache, Codes, Part, Piece, Staging};
 use crate::units::{align_up, index};
 
 /// Most copies that wait to be enqueued together.
@@ -25,25 +25,6 @@ pub struct Weight {
     pub direct: bool,
 }
 
-/// Bytes and number of the copies enqueued so far; read without stopping who counts.
-#[derive(Debug, Default)]
-pub(in crate::engine) struct Moved {
-    bytes: AtomicU64,
-    copies: AtomicU64,
-}
-
-impl Moved {
-    fn add(&self, bytes: u64, copies: u64) {
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.copies.fetch_add(copies, Ordering::Relaxed);
-    }
-
-    /// Bytes and copies.
-    pub(in crate::engine) fn sums(&self) -> (u64, u64) {
-        (self.bytes.load(Ordering::Relaxed), self.copies.load(Ordering::Relaxed))
-    }
-}
-
 /// The copy stream's half: runs in the calling thread, or in the staging thread.
 #[derive(Debug)]
 pub(in crate::engine) struct CopySide {
@@ -53,6 +34,7 @@ pub(in crate::engine) struct CopySide {
     pub(in crate::engine) arena: Arena,
     pub(in crate::engine) staging: Option<Staging>,
     pub(in crate::engine) cache: Arc<RwLock<Cache>>,
+    pub(in crate::engine) codes: Arc<RwLock<Codes>>,
     /// Resident tensors that the plan before had in the same place.
     pub(in crate::engine) kept: Vec<bool>,
     pub(in crate::engine) moved: Arc<Moved>,
@@ -85,10 +67,36 @@ impl CopySide {
         H2d { source, target: self.arena.at(copy.target_offset, copy.bytes), bytes: copy.bytes }
     }
 
+    /// Calls `act` with a copy, or with its parts: what is encoded comes from there, the rest from
+    /// `source`. Each is named by its tensor and its first byte there.
+    fn each_from(
+        &self,
+        codes: &Codes,
+        copy: Copy,
+        source: Source,
+        mut act: impl FnMut((u32, u64), H2d),
+    ) {
+        let Some(code) = codes.get(copy.tensor) else {
+            act((copy.tensor, copy.source_offset), self.copy_from(source, copy));
+            return;
+        };
+        for Part { raw_offset, raw_bytes, encoded } in code.parts(copy.source_offset, copy.bytes) {
+            let target_offset = copy.target_offset + (raw_offset - copy.source_offset);
+            let part = Copy { source_offset: raw_offset, target_offset, bytes: raw_bytes, ..copy };
+            act((copy.tensor, raw_offset), self.copy_from(encoded.unwrap_or(source), part));
+        }
+    }
+
+    fn copy_all(&self, copies: &[H2d]) -> Result<()> {
+        self.moved.add(copies);
+        self.device.copy_batch(copies)
+    }
+
     /// Runs a command that is no copy.
     fn run(&self, command: Command) -> Result<()> {
         match command {
             Command::WaitDone(slot) => self.device.wait_done(slot),
+            Command::WaitDecoded => self.device.wait_decoded(),
             Command::CopyStart(slot) => self.device.mark_copy_start(slot),
             Command::Ready { slot, .. } => self.device.mark_ready(slot),
             Command::Poison { position } => self.poison(position),
@@ -164,23 +172,28 @@ impl Lane {
             }
             return Ok(());
         }
-        let program = Arc::clone(&self.side.program);
-        for &copy in CopySide::copies_of(&program, command) {
-            if self.side.skips(command, copy) {
+        let (side, gathered) = (&self.side, &mut self.gathered);
+        let codes = side.codes.read();
+        for &copy in CopySide::copies_of(&side.program, command) {
+            if side.skips(command, copy) {
                 continue;
             }
-            let weight = self.side.weights[index(copy.tensor)];
+            let weight = side.weights[index(copy.tensor)];
             if !weight.direct {
                 return Err(Error::Internal("a weight to stage, but no staging thread".into()));
             }
-            let next = self.side.copy_from(weight.source, copy);
-            if join(&self.side, &mut self.gathered, next) {
-                continue;
-            }
-            if self.gathered.len() == MOST_GATHERED {
-                self.enqueue()?;
-            }
-            self.gathered.push(next);
+            let mut done = Ok(());
+            side.each_from(&codes, copy, weight.source, |_, next| {
+                if done.is_err() || join(side, gathered, next) {
+                    return;
+                }
+                if gathered.len() == MOST_GATHERED {
+                    done = side.copy_all(gathered);
+                    gathered.clear();
+                }
+                gathered.push(next);
+            });
+            done?;
         }
         Ok(())
     }
@@ -188,25 +201,23 @@ impl Lane {
     /// The copies of commands that nothing stands between, so that they have no order.
     pub(in crate::engine) fn expand(&self, commands: &[Command]) -> Batch {
         let mut batch = Batch::default();
-        let cache = self.side.cache.read();
+        let (cache, codes) = (self.side.cache.read(), self.side.codes.read());
         for &command in commands {
             for &copy in CopySide::copies_of(&self.side.program, command) {
                 if self.side.skips(command, copy) {
                     continue;
                 }
                 let weight = self.side.weights[index(copy.tensor)];
-                if weight.direct {
-                    let next = self.side.copy_from(weight.source, copy);
-                    if !join(&self.side, &mut batch.direct, next) {
+                // Arrived in RAM perhaps since the weights were looked at.
+                let arrived = cache.source(copy.tensor).filter(|_| !weight.direct);
+                let source = arrived.unwrap_or(weight.source);
+                self.side.each_from(&codes, copy, source, |part_of, next| {
+                    if !weight.direct && !next.source.is_encoded() {
+                        batch.staged.push(Piece { copy: next, part_of });
+                    } else if !join(&self.side, &mut batch.direct, next) {
                         batch.direct.push(next);
                     }
-                } else {
-                    // Arrived in RAM perhaps since the weights were looked at.
-                    let source = cache.source(copy.tensor).unwrap_or(weight.source);
-                    let part_of = (copy.tensor, copy.source_offset);
-                    let copy = self.side.copy_from(source, copy);
-                    batch.staged.push(Piece { copy, part_of });
-                }
+                });
             }
         }
         batch
@@ -217,16 +228,14 @@ impl Lane {
         if self.gathered.is_empty() {
             return Ok(());
         }
-        let done = self.copy_all(&self.gathered);
+        let done = self.side.copy_all(&self.gathered);
         self.gathered.clear();
         done
     }
 
     /// Enqueues copies, after all that came before and ahead of all that comes later.
     pub(in crate::engine) fn copy_all(&self, copies: &[H2d]) -> Result<()> {
-        let bytes = copies.iter().map(|copy| copy.bytes).sum();
-        self.side.moved.add(bytes, copies.len() as u64);
-        self.side.device.copy_batch(copies)
+        self.side.copy_all(copies)
     }
 
     /// Enqueues copies out of a chunk.

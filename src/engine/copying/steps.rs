@@ -85,8 +85,8 @@ impl State {
     /// Drops the copies of uses that will not come; see `Stager::cancel`.
     pub(super) fn cancel(&mut self) {
         let keep = |command: &Command| {
-            use Command::{Load, LoadMissing, WaitDone};
-            matches!(command, WaitDone(_) | Load { .. } | LoadMissing { .. })
+            use Command::{Load, LoadMissing, WaitDecoded, WaitDone};
+            matches!(command, WaitDone(_) | WaitDecoded | Load { .. } | LoadMissing { .. })
         };
         self.cancelled = true;
         self.queue.retain(keep);

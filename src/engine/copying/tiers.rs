@@ -105,7 +105,7 @@ impl Host {
         let Some(rate) = self.choice.lock().file_bytes_per_s() else { return Vec::new() };
         let of = |(weight, tensor): (&Weight, &Tensor)| match weight.source {
             Source::File { .. } => real(tensor.bytes) / rate,
-            Source::Memory { .. } => 0.0,
+            Source::Memory { .. } | Source::Encoded { .. } => 0.0,
         };
         std::iter::zip(&self.weights(spec), &spec.profile.tensors).map(of).collect()
     }
@@ -119,7 +119,7 @@ impl Host {
                 let weight = weights[index(copy.tensor)];
                 let tier = match weight.source {
                     Source::File { .. } => 2,
-                    Source::Memory { .. } => usize::from(!weight.direct),
+                    Source::Memory { .. } | Source::Encoded { .. } => usize::from(!weight.direct),
                 };
                 pass_bytes[tier] += copy.bytes;
             }

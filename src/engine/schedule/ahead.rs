@@ -103,7 +103,11 @@ impl Schedule {
         out.push(Command::Ready { slot, ticket: self.last_ticket });
     }
 
-    pub(super) fn wait_for_last(&self, out: &mut Vec<Command>) {
+    /// What was enqueued for uses that will not come is ordered by no use.
+    pub(super) fn wait_for_last(&mut self, out: &mut Vec<Command>) {
         out.extend(self.last_done.map(Command::WaitDone));
+        if std::mem::take(&mut self.given_up) {
+            out.push(Command::WaitDecoded);
+        }
     }
 }
