@@ -57,8 +57,9 @@ Favours to peers: accelerate and diffusers have no budget, so evenly spaced resi
 device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's layers other than
 linear ones stay on the device.
 
-`dgls-layer` is dgls_torch with `unit="layer"`, which streams layers one at a time. It counts as no
-peer, and `best` is of blocks, so it may pass that.
+`dgls-layer` is dgls_torch with `unit="layer"`, which streams layers one at a time, `dgls-compress`
+with `compress="on"`, which sends fewer bytes than the limit is made of. They count as no peers;
+`best` is of blocks and of bytes as they are, so they may pass it.
 
 `beside processes that copy`: a slower link, which others share the time of (bench/eaters.py). It
 goes round in turns of about a millisecond, and a copy queue that is empty for a moment waits for

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.cells import Bed
-from bench.engines import ENGINES
+from bench.engines import ENGINES, OURS
 from bench.stacks import Workload
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 RATIOS = (4.0, 2.0, 1.0, 0.5, 0.25)
 """Copy over compute, at a budget of a quarter of the weights."""
 ALL = tuple(name for name in ENGINES if name != "resident")
-MAIN = ("dgls", "dgls-layer", "ring", "aimdo-linear", "diffusers-block", "cachedit", "mmgp")
-FAST = ("dgls", "dgls-layer", "ring", "aimdo-linear", "aimdo-block", "diffusers-block")
+MAIN = (*OURS, "ring", "aimdo-linear", "diffusers-block", "cachedit", "mmgp")
+FAST = (*OURS, "ring", "aimdo-linear", "aimdo-block", "diffusers-block")
 """Those that were fastest somewhere in the other plans."""
 ON_HOST = ("dgls", "ring", "original")
 

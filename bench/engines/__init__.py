@@ -104,6 +104,9 @@ ENGINES = {
     "dgls-layer": Engine(
         'dgls_torch, unit="layer"', "bench.engines.ours", {"unit": "layer"}, needs_cuda=False
     ),
+    "dgls-compress": Engine(
+        'dgls_torch, compress="on"', "bench.engines.ours", {"compress": "on"}, needs_cuda=False
+    ),
     "ring": Engine("plain PyTorch, two buffers", "bench.engines.ring", needs_cuda=False),
     "original": Engine("the original DGLS's policy", "bench.engines.original", needs_cuda=False),
     "aimdo-linear": _aimdo("linear", "comfy-aimdo, per Linear (ComfyUI)"),
@@ -125,6 +128,6 @@ ENGINES = {
 }
 """In the order of the tables."""
 
-OURS = ("dgls", "dgls-layer")
+OURS = ("dgls", "dgls-layer", "dgls-compress")
 """No peers of one another."""
 PEERS = tuple(name for name in ENGINES if name not in ("resident", *OURS))

@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from bench.engines import Setup
 
 
-def attach(setup: Setup, unit: str = "block") -> Attached:
-    """Streams the stack; the budget and the unit are orders, everything else is the default.
+def attach(setup: Setup, unit: str = "block", compress: str = "off") -> Attached:
+    """Streams the stack; the budget, the unit and the encoding are orders, all else is the default.
 
-    Page-locking is allowed for all weights, as every peer does.
+    Page-locking is allowed for all weights, as every peer does, and for their encoded form.
     """
     on_cpu = setup.device.type == "cpu"
+    weights = sum(p.nbytes for p in setup.stack.parameters())
     stream = dgls_torch.stream(
         setup.stack,
         vram=setup.budget_bytes,
         blocks=[f"blocks.{i}" for i in range(len(setup.stack.order))],
         unit=unit,
+        compress=compress,
         device=str(setup.device),
-        pinned="auto" if on_cpu else sum(p.nbytes for p in setup.stack.parameters()),
+        pinned="auto" if on_cpu else weights * (1 if compress == "off" else 2),
         copy_bytes_per_s=setup.link_bytes_per_s if on_cpu else None,
     )
 
@@ -39,6 +41,7 @@ def attach(setup: Setup, unit: str = "block") -> Attached:
             "adopted": report.adopted,
             "pinned_bytes": report.pinned_bytes,
             "errors": report.errors,
+            "encoded_held_bytes": report.encoded_held_bytes,
         }
 
     return Attached(setup.stack, stream.detach, facts, learns=True)
