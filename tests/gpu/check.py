@@ -13,7 +13,8 @@ import time
 import traceback
 from pathlib import Path
 
-import gpu_memory  # noqa: F401 - registers its checks
+import gpu_encoded  # noqa: F401 - registers its checks
+import gpu_memory  # noqa: F401
 import gpu_streams  # noqa: F401
 import torch
 from gpu_base import CHECKS
