@@ -2,7 +2,7 @@
 
 use super::adapt::Adapt;
 use super::copying::{Encode, Encoder};
-use super::core::Core;
+use super::core::{Core, Life};
 use crate::error::Result;
 use crate::plan::Times;
 use crate::units::{narrow, real};
@@ -43,17 +43,21 @@ impl Core {
 
     /// Gives back what was encoded before weights changed, once no copy reads it. Blocks until the
     /// copies under way have ended, where there is any. Whether that went well.
-    fn drops_retired(&self) -> bool {
-        if self.host.has_retired() {
-            self.executor.settle();
-            self.device.flush();
-            // A sticky error will be told by the next call.
-            if self.device.quiesce(None).is_err() {
-                return false;
-            }
+    fn drops_retired(&mut self) -> bool {
+        if !self.host.has_retired() {
+            return true;
+        }
+        // If this panics, no later call is to find the engine open.
+        let before = std::mem::replace(&mut self.life, Life::Busy);
+        self.executor.settle();
+        self.device.flush();
+        // A sticky error will be told by the next call.
+        let ended = self.device.quiesce(None).is_ok();
+        if ended {
             self.host.give_retired_back();
         }
-        true
+        self.life = before;
+        ended
     }
 
     /// The host weights of a block have changed: their encoded form is the old one.

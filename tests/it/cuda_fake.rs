@@ -347,7 +347,8 @@ pub(crate) fn in_a_child(test: &str, variables: &[(&str, &str)]) -> bool {
     command.args([test, "--exact", "--nocapture"]).env("DGLS_IT_CHILD", "1");
     command.env_remove("DGLS_ALLOW_FAKE").envs(variables.iter().copied());
     let output = command.output().expect("the test binary runs");
-    let said = String::from_utf8_lossy(&output.stdout);
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
     false
 }

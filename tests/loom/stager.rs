@@ -88,6 +88,7 @@ fn rig_of(direct: bool, readers: u32) -> (Arc<Books>, Stager) {
         arena: Arena::new(4096, 8, 8).expect("aligned"),
         staging: None,
         cache: Arc::default(),
+        codes: Arc::default(),
         kept: Vec::new(),
         moved: Arc::new(Moved::default()),
     };
