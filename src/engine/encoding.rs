@@ -2,7 +2,7 @@
 
 use super::adapt::Adapt;
 use super::copying::{Encode, Encoder};
-use super::core::{Core, Life};
+use super::core::Core;
 use crate::error::Result;
 use crate::plan::Times;
 use crate::units::{narrow, real};
@@ -43,12 +43,10 @@ impl Core {
 
     /// Gives back what was encoded before weights changed, once no copy reads it. Blocks until the
     /// copies under way have ended, where there is any. Whether that went well.
-    fn drops_retired(&mut self) -> bool {
+    fn drops_retired(&self) -> bool {
         if !self.host.has_retired() {
             return true;
         }
-        // If this panics, no later call is to find the engine open.
-        let before = std::mem::replace(&mut self.life, Life::Busy);
         self.executor.settle();
         self.device.flush();
         // A sticky error will be told by the next call.
@@ -56,7 +54,6 @@ impl Core {
         if ended {
             self.host.give_retired_back();
         }
-        self.life = before;
         ended
     }
 

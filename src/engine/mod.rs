@@ -237,8 +237,10 @@ impl Engine {
     /// A pass of the whole model has ended.
     pub fn end_pass(&self) {
         let mut core = self.core.lock();
-        core.order.end();
-        core.pass_ended();
+        core.guarded(|core| {
+            core.order.end();
+            core.pass_ended();
+        });
         self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
     }
 
