@@ -188,15 +188,6 @@ impl Core {
         result
     }
 
-    /// Does what can fail only by a panic: then no later call finds the engine open.
-    pub(super) fn guarded(&mut self, act: impl FnOnce(&mut Self)) {
-        let before = std::mem::replace(&mut self.life, Life::Busy);
-        if matches!(before, Life::Open) {
-            act(self);
-        }
-        self.life = before;
-    }
-
     pub(super) fn is_open(&self) -> bool {
         matches!(self.life, Life::Open | Life::Busy)
     }

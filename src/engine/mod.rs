@@ -237,9 +237,11 @@ impl Engine {
     /// A pass of the whole model has ended.
     pub fn end_pass(&self) {
         let mut core = self.core.lock();
-        core.guarded(|core| {
+        // Refused where no pass can have run. A panic leaves the engine shut.
+        let _ = core.call_vacant(|core| {
             core.order.end();
             core.pass_ended();
+            Ok(())
         });
         self.wants_rebuild.store(core.wants_rebuild(), Ordering::Release);
     }

@@ -4,20 +4,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use crate::engine::copying::Locker;
+use crate::engine::copying::{Locker, rest};
 use crate::plan::{InForce, Plan, Profile, period_s, plan_after};
 use crate::pool::{Move, Pins, copies, in_order};
 use crate::units::{align_up, index, narrow, real, whole};
 
 /// Share of a pass that a change has to save: less is noise.
 const LEAST_SAVED: f64 = 0.0075;
-/// How many times as long as a tensor took to be page-locked the driver is left to the model. On an
-/// H100 a pass of 120 ms took 87 ms more beside 94 ms of locks in a row.
-const RESTS: u32 = 2;
 
 /// How plans are looked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -115,7 +111,9 @@ impl Review {
                     Err(passes) => return Outcome::Later(passes),
                 };
                 let pins = question.locker.lock(&plan, &mut |took| {
-                    rest(adapt, took);
+                    if adapt == Adapt::Beside {
+                        rest(took, &is_wanted);
+                    }
                     is_wanted.load(Ordering::Relaxed)
                 });
                 Outcome::Better(Box::new(Proposal { plan, pins }))
@@ -178,14 +176,6 @@ impl Review {
 impl Drop for Review {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// Leaves the driver to the model for a while, after a call that took so long; [`Review::stop`]
-/// ends that.
-fn rest(adapt: Adapt, took: Duration) {
-    if adapt == Adapt::Beside {
-        std::thread::park_timeout(RESTS * took);
     }
 }
 

@@ -3,7 +3,8 @@
 //! the model makes meanwhile wait for the one that locks, so there are rests between them.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::feed::Host;
 use crate::driver::host::shim::page_bytes;
@@ -11,6 +12,10 @@ use crate::driver::{Device, Source};
 use crate::engine::Spec;
 use crate::plan::Plan;
 use crate::pool::{Pins, Span};
+
+/// How many times as long as a tensor took to be page-locked the driver is left to the model. On an
+/// H100 a pass of 120 ms took 87 ms more beside 94 ms of locks in a row.
+const RESTS: u32 = 2;
 
 /// What may be page-locked besides what is, as of when it was made. Until the plan is adopted, or
 /// dropped, its engine locks nothing itself.
@@ -63,5 +68,18 @@ impl Locker {
         let mut pins = Pins::none(Arc::clone(&self.device));
         pins.lock_while(&spans, self.left_bytes, page_bytes(), goes_on);
         pins
+    }
+}
+
+/// Leaves the driver to the model for a while, after a call that took so long. Whoever takes
+/// `is_wanted` back and unparks the thread ends that; a thread that helped and ended meanwhile,
+/// which unparks it too, does not.
+pub(in crate::engine) fn rest(took: Duration, is_wanted: &AtomicBool) {
+    let (begun, lasts) = (Instant::now(), RESTS * took);
+    while is_wanted.load(Ordering::Relaxed)
+        && let Some(left) = lasts.checked_sub(begun.elapsed())
+        && !left.is_zero()
+    {
+        std::thread::park_timeout(left);
     }
 }

@@ -5,10 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::early::rest;
 use super::feed::Host;
 use crate::codec;
 use crate::driver::{Device, Source};
@@ -19,8 +20,6 @@ use crate::units::{index, narrow};
 
 /// A segment is kept if it is at least this much smaller, in percent: less is not worth a kernel.
 const LEAST_SAVED_PERCENT: u64 = 9;
-/// How many times as long as to page-lock took the driver is left to the model; see `review`.
-const RESTS: u32 = 2;
 const MOST_THREADS: usize = 8;
 /// Smaller pieces of a larger tensor go as they are.
 const LEAST_PIECE_BYTES: u64 = 64 << 10;
@@ -73,20 +72,18 @@ impl Host {
         let (cache, codes) = (self.cache.read(), self.codes.read());
         let hopeless = self.hopeless.lock();
         let room = self.code_room.saturating_sub(codes.bytes());
-        let mut tasks: Vec<Task> = Vec::new();
         let task = |(number, &source): (usize, &Source)| {
-            let tensor = narrow(number);
+            let (tensor, bytes) = (narrow(number), spec.profile.tensors[number].bytes);
             let can_be = spec.encodable.get(number).copied().unwrap_or(false)
                 && !plan.resident[number]
                 && codes.get(tensor).is_none()
-                && whole_pages(spec.profile.tensors[number].bytes) <= room
+                && whole_pages(bytes) <= room
                 && !hopeless.contains(&tensor);
             let source = cache.source(tensor).unwrap_or(source);
-            let bytes = spec.profile.tensors[number].bytes;
             let changes = codes.changes(tensor);
             can_be.then(|| Task { tensor, source, bytes, cuts: Vec::new(), changes })
         };
-        tasks.extend(spec.sources.iter().enumerate().filter_map(task));
+        let mut tasks: Vec<Task> = spec.sources.iter().enumerate().filter_map(task).collect();
         if !tasks.is_empty() {
             let mut cuts = cuts(plan);
             for task in &mut tasks {
@@ -281,18 +278,6 @@ impl Work {
 fn threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     (cores / 4).clamp(1, MOST_THREADS)
-}
-
-/// Leaves the driver to the model for a while; [`Encoder::stop`] ends that. So does a thread that
-/// helped, and ended meanwhile: then the rest goes on.
-fn rest(took: Duration, is_wanted: &AtomicBool) {
-    let (begun, lasts) = (Instant::now(), RESTS * took);
-    while is_wanted.load(Ordering::Relaxed)
-        && let Some(left) = lasts.checked_sub(begun.elapsed())
-        && !left.is_zero()
-    {
-        std::thread::park_timeout(left);
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod stager;
 mod steps;
 mod tiers;
 
-pub(super) use early::Locker;
+pub(super) use early::{Locker, rest};
 pub(super) use encoder::Encoder;
 pub(super) use feed::Host;
 pub(super) use lane::{CopySide, Lane};
