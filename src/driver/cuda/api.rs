@@ -152,6 +152,25 @@ impl Api {
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 
+    /// Allocates device memory outside of torch; the context is current.
+    ///
+    /// # Errors
+    ///
+    /// The driver's error.
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
+        let mut address = 0;
+        // SAFETY: writes one address.
+        let code = unsafe { (self.cuMemAlloc_v2)(&raw mut address, bytes) };
+        self.check("cuMemAlloc", code)?;
+        Ok(address)
+    }
+
+    /// Frees what [`Api::allocate`] gave.
+    pub(super) fn free(&self, address: u64) {
+        // SAFETY: the driver refuses what it did not give, or was given back.
+        let _ = unsafe { (self.cuMemFree_v2)(address) };
+    }
+
     /// A result code as a result.
     pub(super) fn check(&self, call: &'static str, code: u32) -> Result<()> {
         match code {

@@ -291,17 +291,14 @@ struct Memory {
 
 impl Memory {
     fn new(api: &'static Api, bytes: usize) -> Result<Self> {
-        let mut address = 0;
-        // SAFETY: writes one address.
-        api.check("cuMemAlloc", unsafe { (api.cuMemAlloc_v2)(&raw mut address, bytes) })?;
-        Ok(Self { api, address })
+        Ok(Self { api, address: api.allocate(bytes)? })
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated once in `new`; the stream that used it has been waited for, or failed.
-        let _ = unsafe { (self.api.cuMemFree_v2)(self.address) };
+        // The stream that used it has been waited for, or failed.
+        self.api.free(self.address);
     }
 }
 

@@ -108,19 +108,14 @@ impl CudaDevice {
     /// The driver's error.
     pub fn allocate(&self, bytes: u64) -> Result<u64> {
         let _bound = self.primary.bind()?;
-        let mut address = 0;
-        // SAFETY: writes one address.
-        let code = unsafe { (self.primary.api.cuMemAlloc_v2)(&raw mut address, index(bytes)) };
-        self.primary.api.check("cuMemAlloc", code)?;
-        Ok(address)
+        self.primary.api.allocate(index(bytes))
     }
 
     /// Frees what [`CudaDevice::allocate`] gave.
     pub fn free(&self, address: u64) {
         // On a lost device binding fails, and freeing may still work.
         let _bound = self.primary.bind();
-        // SAFETY: from `allocate`, freed once by its caller.
-        let _ = unsafe { (self.primary.api.cuMemFree_v2)(address) };
+        self.primary.api.free(address);
     }
 }
 
