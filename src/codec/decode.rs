@@ -93,7 +93,7 @@ fn same(what: &'static str, need: usize, found: usize) -> Result<(), Malformed> 
 }
 
 /// The first words, little-endian; zeros where there are none.
-fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
+pub(super) fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
     let mut words = [0; N];
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
         *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);

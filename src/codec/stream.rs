@@ -1,6 +1,7 @@
 //! Streams: bf16 weights of any size as bytes that say themselves what they are. Pure;
 //! `docs/encoded-format.md` decides.
 
+use super::decode::words;
 use super::layout::{Layout, padded};
 use super::{MOST_TILES, Malformed, SEGMENT_BYTES, TILE_BYTES};
 use super::{decode as decode_segment, encode as encode_segment, most_encoded_bytes};
@@ -143,10 +144,10 @@ impl<'a> Stream<'a> {
         let short = |part, need| BadStream::Short { part, need, found };
         let header = bytes.get(..HEADER_BYTES);
         let header = header.ok_or_else(|| short("header", HEADER_BYTES as u64))?;
-        same("magic number", MAGIC.into(), word(header, 0).into())?;
-        same("version", VERSION.into(), word(header, 4).into())?;
-        let [of, segments] =
-            [8, 16].map(|at| u64::from(word(header, at)) | u64::from(word(header, at + 4)) << 32);
+        let [magic, version, counts @ ..] = words::<6>(header).map(u64::from);
+        same("magic number", MAGIC.into(), magic)?;
+        same("version", VERSION.into(), version)?;
+        let [of, segments] = [0, 2].map(|at| counts[at] | counts[at + 1] << 32);
         if of != elements {
             return Err(BadStream::Elements { asked: elements, found: of });
         }
@@ -204,13 +205,8 @@ impl<'a> Stream<'a> {
     /// Of each segment the raw bytes and those in the stream.
     fn sizes(&self) -> impl Iterator<Item = (usize, usize)> + use<'a> {
         let entries = self.table.chunks_exact(ENTRY_BYTES);
-        entries.map(|entry| (index(word(entry, 0)), index(word(entry, 4))))
+        entries.map(|entry| words::<2>(entry).map(index).into())
     }
-}
-
-/// The word at an offset, little-endian.
-fn word(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// Refuses a number that is not what it has to be.
@@ -266,9 +262,9 @@ mod tests {
     fn a_stream_is_laid_out_as_the_page_says() {
         let (elements, raw, stream) = sample();
         assert_eq!(&stream[..4], b"DGWS");
-        let words: Vec<u32> = (4..24).step_by(4).map(|at| word(&stream, at)).collect();
-        assert_eq!(words, [1, size(index(elements)), 0, 3, 0]);
-        let sizes: Vec<u32> = (24..48).step_by(4).map(|at| word(&stream, at)).collect();
+        let numbers = words::<5>(&stream[4..]);
+        assert_eq!(numbers, [1, size(index(elements)), 0, 3, 0]);
+        let sizes = words::<6>(&stream[24..]);
         let [first, third] = [0, 8].map(|tile| {
             let mut segment = Vec::new();
             let end = if tile == 0 { 4 } else { 9 } * TILE_BYTES;
@@ -326,7 +322,7 @@ mod tests {
     fn wrong_numbers_in_the_front_are_refused() {
         let (elements, _, stream) = sample();
         for at in (0..256).step_by(4) {
-            let right = word(&stream, at);
+            let [right] = words(&stream[at..]);
             let near = [1, 256, 2048, 1_u32.wrapping_neg(), 256_u32.wrapping_neg()];
             let near = near.map(|by| right.wrapping_add(by));
             for value in near.into_iter().chain([0, 1 << 24, 1 << 31, u32::MAX]) {
