@@ -2,14 +2,16 @@
 //! Method: whole passes on the host device, which decodes in its copy thread, with encoding at the
 //! end of each pass; every byte of every block is compared.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use dgls_core::driver::ComputeStream;
 use dgls_core::driver::host::shim::{Pages, WeightFile, page_bytes};
 use dgls_core::driver::host::{HostDevice, HostOptions};
+use dgls_core::driver::{ComputeStream, Device};
 use dgls_core::engine::{Adapt, Encode, Engine, Options, Spec, Stats};
 use dgls_core::plan::Copy;
 
+use crate::flaky::Flaky;
 use crate::random::Random;
 use crate::stack::{Stack, index};
 use crate::watchdog::for_seeds;
@@ -27,7 +29,7 @@ pub(crate) fn model(seed: u64) -> Weights {
     trained(Stack::uniform(BLOCKS, &SIZES), seed)
 }
 
-fn trained(stack: Stack, seed: u64) -> Weights {
+pub(crate) fn trained(stack: Stack, seed: u64) -> Weights {
     let weights = Weights::new(stack, seed);
     for tensor in 0..weights.stack.profile.tensors.len() {
         weights.train(tensor, seed);
@@ -64,7 +66,18 @@ impl<'a> Rig<'a> {
     }
 
     pub(crate) fn with(weights: &'a Weights, spec: &Spec, options: HostOptions) -> Self {
-        let device = Arc::new(HostDevice::new(options).expect("a thread"));
+        Self::on(Arc::new(HostDevice::new(options).expect("a thread")), weights, spec)
+    }
+
+    /// Where no time can ever be read, so that plans do not depend on any.
+    pub(crate) fn timeless(weights: &'a Weights, spec: &Spec) -> Self {
+        let inner = Arc::new(HostDevice::new(HostOptions::default()).expect("a thread"));
+        let device = Flaky::new(inner, BTreeSet::new());
+        device.go_ahead(1 << 40);
+        Self::on(Arc::new(device), weights, spec)
+    }
+
+    fn on(device: Arc<dyn Device>, weights: &'a Weights, spec: &Spec) -> Self {
         let (budget, arena) = (spec.budget_bytes, Pages::new(spec.budget_bytes));
         let arena = arena.expect("host memory");
         let engine = Engine::new(device, spec.clone(), arena.address(), budget).expect("feasible");

@@ -114,6 +114,11 @@ impl Bench {
         self.device().copy_batch(copies).expect("no faults");
     }
 
+    /// Copies these, all encoded, in one call.
+    fn copy_encoded(&self, numbers: std::ops::Range<usize>) {
+        self.copy(&numbers.map(|number| self.encoded(number)).collect::<Vec<H2d>>());
+    }
+
     /// Tensors that a kernel which waits for *ready* finds wrong.
     fn wrong_when_ready(&self, session: &Session) -> usize {
         let stream = session.stream(0);
@@ -136,9 +141,8 @@ impl Bench {
 
     /// Copies all encoded, by a launch of one segment and another one that takes longer.
     fn copy_in_two(&self) {
-        let all: Vec<H2d> = (0..self.places.len()).map(|number| self.encoded(number)).collect();
-        self.copy(&all[..1]);
-        self.copy(&all[1..]);
+        self.copy_encoded(0..1);
+        self.copy_encoded(1..self.places.len());
     }
 
     fn device(&self) -> &CudaDevice {
@@ -192,8 +196,7 @@ fn older_drivers_decode_as_well() {
     let session = Session::new();
     session.set("driver", 12_040);
     let bench = Bench::new(40);
-    let copies: Vec<H2d> = (0..40).map(|number| bench.encoded(number)).collect();
-    bench.copy(&copies);
+    bench.copy_encoded(0..40);
     assert_eq!(bench.wrong_when_ready(&session), 0);
     assert_eq!(session.get("nbatches"), 0);
     bench.finish(session);
@@ -205,8 +208,7 @@ fn a_part_is_overwritten_only_when_it_was_decoded() {
     let launches = 5;
     let bench = Bench::new(launches * LAUNCH as u64);
     session.set("decode_us", 3000);
-    let copies: Vec<H2d> = (0..bench.places.len()).map(|number| bench.encoded(number)).collect();
-    bench.copy(&copies);
+    bench.copy_encoded(0..bench.places.len());
     assert_eq!(bench.wrong_when_ready(&session), 0);
     bench.finish(session);
 }
@@ -216,8 +218,7 @@ fn what_has_not_arrived_is_not_decoded() {
     let session = Session::new();
     let bench = Bench::new(40);
     session.set("lat_us", 3000);
-    let copies: Vec<H2d> = (0..40).map(|number| bench.encoded(number)).collect();
-    bench.copy(&copies);
+    bench.copy_encoded(0..40);
     assert_eq!(bench.wrong_when_ready(&session), 0);
     bench.finish(session);
 }
@@ -227,8 +228,7 @@ fn ready_waits_for_the_decoder() {
     let session = Session::new();
     let bench = Bench::new(40);
     session.set("decode_us", 5000);
-    let copies: Vec<H2d> = (0..40).map(|number| bench.encoded(number)).collect();
-    bench.copy(&copies);
+    bench.copy_encoded(0..40);
     assert_eq!(bench.wrong_when_ready(&session), 0);
     bench.finish(session);
 }
@@ -237,7 +237,7 @@ fn ready_waits_for_the_decoder() {
 fn ready_waits_for_raw_copies_behind_encoded_ones() {
     let session = Session::new();
     let bench = Bench::new(12);
-    bench.copy(&(0..6).map(|number| bench.encoded(number)).collect::<Vec<H2d>>());
+    bench.copy_encoded(0..6);
     session.set("lat_us", 3000);
     bench.copy(&(6..12).map(|number| bench.raw(number)).collect::<Vec<H2d>>());
     assert_eq!(bench.wrong_when_ready(&session), 0);

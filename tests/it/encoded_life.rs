@@ -5,8 +5,8 @@
 use dgls_core::driver::host::HostOptions;
 use dgls_core::driver::host::shim::page_bytes;
 
-use crate::encoded::{BLOCKS, LINK, Rig, WORTH, always, model, streamed, worth};
-use crate::stack::index;
+use crate::encoded::{BLOCKS, LINK, Rig, WORTH, always, model, streamed, trained, worth};
+use crate::stack::{Stack, index};
 
 #[test]
 fn weights_that_change_are_encoded_anew() {
@@ -70,9 +70,10 @@ fn encoded_weights_are_the_first_to_be_given_back() {
 
 #[test]
 fn what_becomes_resident_is_given_back_and_what_is_streamed_anew_is_encoded() {
-    let weights = model(9);
+    // So large that hardly any piece between two cuts is too small to be encoded.
+    let weights = trained(Stack::uniform(BLOCKS, &[400_001, 1000, 262_144]), 9);
     let (least, all) = weights.stack.budgets();
-    let mut rig = Rig::new(&weights, &always(&weights, 2 * least));
+    let mut rig = Rig::timeless(&weights, &always(&weights, 2 * least));
     for budget in [2 * least, 4 * least, least, 3 * least, all, least] {
         rig.rebuild(budget);
         let streamed = streamed(&rig);
@@ -81,12 +82,12 @@ fn what_becomes_resident_is_given_back_and_what_is_streamed_anew_is_encoded() {
             rig.pass();
             let code_bytes = rig.stats().code_bytes;
             assert!(code_bytes <= streamed, "{code_bytes} of {streamed}");
-            assert!(code_bytes >= streamed / 4, "{code_bytes} of {streamed}");
+            assert!(code_bytes >= streamed / 2, "{code_bytes} of {streamed}");
         }
         rig.cycle();
         // What a plan before has cut elsewhere, too, has more edges.
         let (decoded_bytes, worth) = (rig.cycle().1, worth(&rig));
-        assert!((worth / 2..=worth).contains(&decoded_bytes), "budget {budget}");
+        assert!((worth * 3 / 4..=worth).contains(&decoded_bytes), "budget {budget}");
     }
     rig.engine.close().expect("nothing is wrong");
 }
