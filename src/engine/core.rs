@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::adapt::{Assembly, Proposal, Review, Tuner};
 use super::command::Command;
-use super::copying::{CopySide, Encoder, Host, Moved, MovedSums};
+use super::copying::{CopySide, Encode, Encoder, Host, Moved, MovedSums};
+use super::encoding::Balance;
 use super::executor::Executor;
 use super::order::Order;
 use super::schedule::Schedule;
@@ -46,8 +47,8 @@ pub(super) struct Core {
     pub(super) tuner: Tuner,
     pub(super) review: Review,
     pub(super) encoder: Encoder,
-    /// Weights are encoded from now on.
-    pub(super) encodes: bool,
+    /// Whether copies decide, so that weights are worth encoding.
+    pub(super) balance: Balance,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Proposal>,
     /// Since when the device has had nothing to do, because a better plan is taken up.
@@ -135,7 +136,7 @@ impl Core {
             tuner: Tuner::new(),
             review: Review::default(),
             encoder: Encoder::default(),
-            encodes: false,
+            balance: Balance::default(),
             proposal: None,
             idle_since: None,
             is_fresh: false,
@@ -204,7 +205,7 @@ impl Core {
 
     /// Whether `enter` may have to wait for a copy.
     pub(super) fn may_block(&self, block: u32) -> bool {
-        if self.encodes && self.host.has_retired() {
+        if self.spec.encode != Encode::Off && self.host.has_retired() {
             return true; // a pass that ends in `enter` waits for the copies under way
         }
         if self.schedule.expects_quiet(block) {

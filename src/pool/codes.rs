@@ -153,18 +153,35 @@ pub struct Codes {
     retired: Vec<Code>,
     /// For each tensor how often its weights have changed.
     changes: Vec<u64>,
+    /// Copies come from there.
+    in_use: bool,
 }
 
 impl Codes {
     /// For `tensors` tensors, none of them encoded.
     pub fn new(tensors: usize) -> Self {
         let slots = std::iter::repeat_with(|| None).take(tensors).collect();
-        Self { slots, retired: Vec::new(), changes: vec![0; tensors] }
+        Self { slots, changes: vec![0; tensors], ..Self::default() }
     }
 
     /// The encoded form of a tensor.
     pub fn get(&self, tensor: u32) -> Option<&Code> {
         self.slots.get(index(tensor)).and_then(Option::as_ref)
+    }
+
+    /// The encoded form of a tensor, if copies are to come from there.
+    pub fn to_copy(&self, tensor: u32) -> Option<&Code> {
+        self.get(tensor).filter(|_| self.in_use)
+    }
+
+    /// Whether copies are to come from what is encoded.
+    pub fn in_use(&self) -> bool {
+        self.in_use
+    }
+
+    /// Says whether copies are to come from what is encoded; at first they are not.
+    pub fn set_in_use(&mut self, in_use: bool) {
+        self.in_use = in_use;
     }
 
     /// How often the weights of a tensor have changed.
@@ -263,6 +280,9 @@ mod tests {
         let page = whole_pages(1);
         assert!(codes.put(1, code(&device), 0).is_none());
         assert!(codes.get(1).is_some() && codes.get(0).is_none() && codes.bytes() == page);
+        assert!(codes.to_copy(1).is_none());
+        codes.set_in_use(true);
+        assert!(codes.to_copy(1).is_some() && codes.to_copy(0).is_none());
         codes.changed(1);
         assert!(codes.get(1).is_none() && codes.has_retired());
         assert_eq!(codes.bytes(), page, "copies under way may read it");

@@ -183,7 +183,7 @@ def test_auto_encodes_where_the_link_decides() -> None:
 def test_auto_leaves_it_where_the_compute_decides() -> None:
     model = wide()
     for block in model.blocks:
-        block.up.register_forward_hook(lambda *_: time.sleep(0.002))
+        block.up.register_forward_hook(lambda *_: time.sleep(0.01))
     expected, size = run(model), budgets(model, **LINK)[-3]
     for mode in ("on", "auto"):
         with dgls_torch.stream(model, size, **ON | {"compress": mode}) as s:
@@ -195,6 +195,34 @@ def test_auto_leaves_it_where_the_compute_decides() -> None:
             assert report.plan.predicted_s is not None, "times are known"
             assert report.limit == "compute"
             assert (report.encoded_held_bytes, report.encoded_bytes_total) == (0, 0)
+
+
+def test_auto_follows_what_decides() -> None:
+    model, pauses = wide(), [0.0]
+    for block in model.blocks:
+        block.up.register_forward_hook(lambda *_: time.sleep(pauses[0]))
+    expected, before = run(model), Snapshot(model)
+    options = ON | {"compress": "auto", "copy_bytes_per_s": 2e8}
+    with dgls_torch.stream(model, budgets(model, **LINK)[1], **options) as s:
+
+        def decodes() -> bool:
+            decoded = s.report().decoded_bytes_total
+            some_passes(s, lambda: run(model), expected, 2)
+            return s.report().decoded_bytes_total > decoded
+
+        def passes_until(decoded: bool) -> None:
+            for _ in range(50):
+                if decodes() == decoded:
+                    return
+            raise AssertionError(f"decodes: {not decoded}\n{s.report()}")
+
+        for pause, decoded in ((0.0, True), (0.03, False), (0.0, True)):
+            pauses[0] = pause
+            passes_until(decoded)
+            assert decodes() == decoded
+        assert s.report().errors == 0
+    before.check(model)
+    assert threads() == []
 
 
 # ---- every way that weights come and go

@@ -124,7 +124,7 @@ impl Core {
         std::mem::swap(&mut next.errors, &mut self.errors);
         std::mem::swap(&mut next.tuner, &mut self.tuner);
         std::mem::swap(&mut next.slow, &mut self.slow);
-        next.encodes = self.encodes;
+        std::mem::swap(&mut next.balance, &mut self.balance);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;
     }

@@ -118,6 +118,7 @@ impl Core {
         }
         let Some(pass) = found.pass else { return };
         let due = self.tuner.observe(&pass, self.plan.period_s).is_some();
+        self.weigh(&pass, self.tuner.outside_s());
         if !due || self.proposal.is_some() || self.order.has_learned() {
             return;
         }

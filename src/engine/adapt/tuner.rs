@@ -191,7 +191,7 @@ impl Tuner {
         if moved(compute_s, now, MOVED) || moved(before, rate, MOVED) {
             return Some(Reason::Moved);
         }
-        let inside_s = predicted_s? - self.outside.usual_s();
+        let inside_s = predicted_s? - self.outside_s();
         let missed = self.passes >= self.missed_again && moved(inside_s, pass.inside_s, MISSED);
         missed.then_some(Reason::Missed)
     }
@@ -206,9 +206,14 @@ impl Tuner {
         let bytes_per_s = self.bytes_per_s?;
         (uses > 0 && self.compute_s.len() == uses).then(|| Times {
             compute_s: self.compute_s.clone(),
-            outside_s: self.outside.usual_s(),
+            outside_s: self.outside_s(),
             link: Link { bytes_per_s, latency_s: LATENCY_S },
         })
+    }
+
+    /// Seconds between two passes, as far as they count.
+    pub fn outside_s(&self) -> f64 {
+        self.outside.usual_s()
     }
 
     /// Another order: what was learned of uses is void, the link is as it was.

@@ -169,6 +169,13 @@ impl Drop for Encoder {
 }
 
 impl Host {
+    /// Says whether copies come from what is encoded, from the next that is enqueued on.
+    pub(in crate::engine) fn use_codes(&self, in_use: bool) {
+        if self.codes.read().in_use() != in_use {
+            self.codes.write().set_in_use(in_use);
+        }
+    }
+
     /// Whether encoded forms of weights before a change are held still.
     pub(in crate::engine) fn has_retired(&self) -> bool {
         self.codes.read().has_retired()

@@ -76,7 +76,7 @@ impl CopySide {
         source: Source,
         mut act: impl FnMut((u32, u64), H2d),
     ) {
-        let Some(code) = codes.get(copy.tensor) else {
+        let Some(code) = codes.to_copy(copy.tensor) else {
             act((copy.tensor, copy.source_offset), self.copy_from(source, copy));
             return;
         };

@@ -26,6 +26,13 @@ pub(in crate::engine) struct MovedSums {
     pub(in crate::engine) decoded_bytes: u64,
 }
 
+impl MovedSums {
+    /// Bytes of weights that came to the device.
+    pub(in crate::engine) fn arrived(&self) -> u64 {
+        self.bytes - self.encoded_bytes + self.decoded_bytes
+    }
+}
+
 impl std::ops::Add for MovedSums {
     type Output = Self;
 
