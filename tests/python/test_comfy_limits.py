@@ -100,7 +100,7 @@ def _as_on_a_gpu(stream: Any) -> Any:
     def budget(device: Any, offered: float) -> int | None:
         found = real(stream, device, offered)
         if found is None and stream.why_not(device) is None:
-            sizes = stream._sizes_now()
+            sizes = stream._sizes(stream._settings())
             if sizes.least_bytes <= offered <= sizes.total_bytes:
                 stream._residency().passed_by = None
                 return int(offered)

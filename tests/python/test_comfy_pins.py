@@ -101,3 +101,58 @@ assert residency(stream).stream.report().pinned_bytes == 0
         processes,
         fake_driver,
     )
+
+
+def test_what_is_locked_of_encoded_weights_is_counted(
+    processes: Processes, fake_driver: Path
+) -> None:
+    """By the node's input, on a link that decides; and given up when another node says off."""
+    run(
+        """
+import time
+from dgls_torch.comfy.nodes import DGLSStream
+from compress_cases import WIDTH as WIDE  # of weights that are worth encoding
+assert fake.fakecuda_set(b"bw_mbps", ctypes.c_int64(400)) == 0
+class Wide(Flux):
+    def __init__(self):
+        super().__init__(0)
+        self.first, self.last = ops.Linear(WIDTH, WIDE), ops.Linear(WIDE, WIDTH)
+        self.double_blocks.extend(Block(WIDE) for _ in range(32))
+        self.to(torch.bfloat16)
+numbers = torch.randn(3, WIDTH).to(torch.bfloat16)
+def sampled(made):
+    made = sample(made, passes=4, x=numbers)
+    time.sleep(0.01)
+    return made
+model = patcher(Wide)
+expected = sample(patcher(Wide), x=numbers)
+vram = str(sizes_of(model.model, Settings()).total_bytes * 3 // 4)  # 32 MiB are the decoder's
+made = DGLSStream.execute(model, vram=vram, compress="auto").args[0]
+mm.TOTAL_PINNED_MEMORY = 1000
+for _ in range(30):
+    assert same(sampled(made), expected)
+    report = residency(made).stream.report()
+    if report.encoded_held_bytes > 4 << 20 and report.decoded_bytes_total > 0:
+        break
+else:
+    raise AssertionError(report)
+held = lambda: residency(made).stream.report().encoded_held_bytes
+for _ in range(30):  # until nothing is being encoded
+    before = held()
+    assert same(sampled(made), expected)
+    if held() == before:
+        break
+assert locked() > report.pinned_bytes + report.encoded_held_bytes
+assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
+plain = DGLSStream.execute(model, vram=vram).args[0]
+assert same(sampled(plain), expected)
+report = residency(plain).stream.report()
+assert (report.encoded_held_bytes, report.decoded_bytes_total) == (0, 0)
+assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
+free_all()
+assert locked() == 0
+assert mm.TOTAL_PINNED_MEMORY == 1000
+""",
+        processes,
+        fake_driver,
+    )

@@ -16,13 +16,14 @@ from dgls_torch.comfy.containers import network_blocks
 from dgls_torch.comfy.layers import Layers, layer_names, parse_indices
 from dgls_torch.comfy.residency import Residency
 from dgls_torch.comfy.settings import LoraMode, Settings, parse_vram
-from dgls_torch.config import UNITS
+from dgls_torch.config import COMPRESS, UNITS
 
 log = logging.getLogger("dgls_torch")
 CATEGORY = "loaders"
 ALIASES = ["block swap", "offload", "low vram", "OOM", "dynamic swapping", "virtual vram"]
 LayersType = io.Custom("LAYERS")
 _MIB = 1 << 20
+_COMPRESS = COMPRESS[:2]  # "on" also encodes what gains nothing by it
 
 
 class DGLSModelLoader(io.ComfyNode):  # type: ignore[misc]
@@ -231,14 +232,23 @@ class DGLSStream(io.ComfyNode):  # type: ignore[misc]
                     optional=True,
                     tooltip=tooltips.STREAM["unit"],
                 ),
+                io.Combo.Input(
+                    "compress",
+                    options=list(_COMPRESS),
+                    default=_COMPRESS[0],
+                    optional=True,
+                    tooltip=tooltips.STREAM["compress"],
+                ),
             ],
             outputs=[io.Model.Output("MODEL", display_name="model")],
         )
 
     @classmethod
-    def execute(cls, model: Any, vram: str = "auto", unit: str = "block") -> io.NodeOutput:
+    def execute(
+        cls, model: Any, vram: str = "auto", unit: str = "block", compress: str = "off"
+    ) -> io.NodeOutput:
         """Clones the model for streaming; what cannot stream is passed through with a sentence."""
-        settings = Settings(vram_bytes=parse_vram(vram), unit=unit)
+        settings = Settings(vram_bytes=parse_vram(vram), unit=unit, compress=compress)
         try:
             return io.NodeOutput(stream_model(model, settings))
         except NotStreamableError as error:

@@ -207,19 +207,25 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
         self.model.model_loaded_weight_memory += held
         spared = settings.reserve_bytes if settings.vram_bytes is None else 0
         budget -= max(0, held - spared)
-        self._attach(tuple(name for name, _ in blocks), budget, device, offered)
+        self._attach(tuple(name for name, _ in blocks), settings, budget, device, offered)
 
     def _attach(
-        self, names: tuple[str, ...], budget: int, device: torch.device, offered: float
+        self,
+        names: tuple[str, ...],
+        settings: Settings,
+        budget: int,
+        device: torch.device,
+        offered: float,
     ) -> None:
         residency = self._residency()
         residency.owner = id(self)
         net = self.model.diffusion_model
-        pinned = pinned_limit(sum(size for _, size in self._sizes_now().blocks))
-        smaller = max(int(min(budget / 2, offered)), self._sizes_now().least_bytes)
+        sizes = self._sizes(settings)
+        pinned = pinned_limit(sum(size for _, size in sizes.blocks))
+        smaller = max(int(min(budget / 2, offered)), sizes.least_bytes)
         # The same again: the first time what torch holds in fragments may be in the way.
         for vram in (budget, budget, smaller):
-            if residency.attached(net, names, vram, device, pinned):
+            if residency.attached(net, names, vram, device, pinned, settings.compress):
                 break
             mm.soft_empty_cache()
         stream = residency.stream
@@ -229,11 +235,6 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
             return
         self.model.model_loaded_weight_memory += residency.arena_bytes
         self._tell(f"streaming {self._name()}: {stream.plan}")
-
-    def _sizes_now(self) -> Sizes:
-        settings = self._settings()
-        assert settings is not None
-        return self._sizes(settings)
 
     @contextlib.contextmanager
     def _skipping(self, modules: set[nn.Module]) -> Iterator[None]:

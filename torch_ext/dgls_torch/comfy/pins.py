@@ -36,7 +36,7 @@ class Pins:
         locked = 0
         if stream is not None:
             report = stream.report()
-            locked = report.pinned_bytes + report.staging_bytes
+            locked = report.pinned_bytes + report.staging_bytes + report.encoded_held_bytes
         _tell(self._told, locked)
 
 

@@ -51,7 +51,7 @@ class Residency:
         self.passed_by: str | None = "the model was not sampled yet"
         self.latest: dgls_torch.Stream | None = None
         self.pins = Pins()
-        self._names: tuple[str, ...] = ()
+        self._made: tuple[tuple[str, ...], str] = ((), "")  # names and compress of the stream
 
     @staticmethod
     def of(model: nn.Module) -> Residency:
@@ -88,6 +88,7 @@ class Residency:
         vram_bytes: int,
         device: torch.device,
         pinned: int | str,
+        compress: str,
     ) -> None:
         """Streams the blocks ``names`` of ``net``; keeps the stream that is there if it fits.
 
@@ -96,14 +97,19 @@ class Residency:
             torch.OutOfMemoryError: The device is full.
         """
         stream = self.stream
-        if stream is not None and (self._names != names or not stream.is_current()):
+        if stream is not None and (self._made != (names, compress) or not stream.is_current()):
             self.release()
             stream = None
         if stream is None:
             stream = dgls_torch.stream(
-                net, vram_bytes, blocks=list(names), device=str(device), pinned=pinned
+                net,
+                vram_bytes,
+                blocks=list(names),
+                device=str(device),
+                pinned=pinned,
+                compress=compress,
             )
-            self.stream, self._names = stream, names
+            self.stream, self._made = stream, (names, compress)
             stream.suspend()
         elif self._is_worth_it(stream.plan, vram_bytes):
             stream.replan(vram_bytes)

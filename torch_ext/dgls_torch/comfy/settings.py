@@ -31,6 +31,8 @@ class Settings:
         resident: Names of blocks that stay on the device; the others are streamed then, through
             ``slots`` of them at a time. ``None`` lets the planner choose.
         unit: What is streamed at a time: ``"block"``, or ``"layer"``, each layer of the blocks.
+        compress: Whether bf16 weights go to the device encoded: ``"off"``, or ``"auto"``, where the
+            link decides how long a pass takes.
         slots: Blocks on the device at a time, of those that are streamed, when ``resident`` is
             given.
         reserve_bytes: What an automatic budget leaves for LoRA weights.
@@ -41,6 +43,7 @@ class Settings:
     vram_bytes: int | None = None
     resident: tuple[str, ...] | None = None
     unit: str = "block"
+    compress: str = "off"
     slots: int = 2
     reserve_bytes: int = 0
     lora: LoraMode = LoraMode.ON_THE_FLY

@@ -69,6 +69,11 @@ STREAM = {
         "What is copied at a time. layer: each layer of a block by itself; more of the model stays "
         "on the GPU, less memory is enough, and each layer costs the CPU what a block does."
     ),
+    "compress": (
+        "auto: bf16 weights are copied in a smaller form and restored on the GPU, bit by bit, "
+        "while copies and not the GPU's work decide how long a step takes. It also holds up to two "
+        "thirds of what is streamed in host memory, and 32 to 128 MiB of vram."
+    ),
 }
 
 CLEANUP = {
