@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dgls_torch
+from dgls_torch import encoding
 from dgls_torch import host_budget as budgets_module
 
 if TYPE_CHECKING:
@@ -162,6 +163,21 @@ def test_nothing_is_held(make: Callable[[], nn.Module], options: dict[str, Any])
     assert (report.encoded_bytes_total, report.decoded_bytes_total) == (0, 0)
     assert "held, " not in str(report)
     assert threads() == []
+
+
+def test_the_buffer_leaves_what_weights_need() -> None:
+    least, most = encoding.BUFFER_LEAST, encoding.BUFFER_BYTES
+    for needed in (1 << 20, 700 << 20, 3 << 30, 60 << 30):
+        assert encoding.decoder_bytes("auto", needed + least - 1, needed) == 0
+        before = 0
+        for more in (0, least, least + 12345, 2 * least, 4 * least, 1 << 32, 1 << 40):
+            vram = needed + more
+            found = encoding.decoder_bytes("on", vram, needed)
+            assert before <= found <= most
+            assert found == least or found <= min(more, vram // 32)
+            assert more < least or found == encoding.decoder_bytes("auto", vram, needed)
+            before = found
+        assert before == most
 
 
 # ---- "auto"

@@ -21,10 +21,17 @@ BUFFER_BYTES = 128 * MIB
 """Device memory that encoded weights are decoded from, at most: as much as a link brings while a
 large kernel lets no other one in. Of a small budget a part."""
 
-_SHARE, _BUFFER_LEAST = 32, 32 * MIB
+BUFFER_LEAST = 32 * MIB
+"""With less than this beside the weights nothing is decoded."""
+
+_PART = 32
 
 LEAST_BYTES = MIB
 """Smaller tensors go as they are: the link's latency is most of what they take."""
+
+SHARE = 10.98 / 16
+"""What goes over the link of a byte that is encoded, of weights as trained ones are: normally
+distributed (docs/encoded-format.md)."""
 
 _MODES = {"off": 0, "auto": 1, "on": 2}
 
@@ -35,15 +42,40 @@ def may_encode(part: Part) -> bool:
 
 
 def buffer_bytes(
-    config: StreamConfig, device: torch.device, parts: Iterable[Part], vram_bytes: int
+    config: StreamConfig,
+    device: torch.device,
+    parts: Iterable[Part],
+    vram_bytes: int,
+    needed_bytes: int,
 ) -> int:
-    """Device memory that is taken beside the weights, in bytes; 0 where nothing is encoded."""
+    """Device memory that is taken beside the weights, in bytes; 0 where nothing is encoded.
+
+    Args:
+        config: What was asked for.
+        device: Where the model runs.
+        parts: What of its weights is streamed.
+        vram_bytes: The budget.
+        needed_bytes: What of it weights take at least.
+    """
     if not _is_on(config, device):
         return 0
     needs_it = device.type == "cuda" or _is_fake()
     if not needs_it or not any(may_encode(part) for part in parts):
         return 0
-    return max(_BUFFER_LEAST, min(BUFFER_BYTES, vram_bytes // _SHARE // MIB * MIB))
+    return decoder_bytes(config.compress, vram_bytes, needed_bytes)
+
+
+def decoder_bytes(compress: str, vram_bytes: int, needed_bytes: int) -> int:
+    """What a GPU takes of a budget to decode from, in bytes, if ``compress`` is not ``"off"``.
+
+    So that ``needed_bytes`` and the least of it are a budget that works, no more than is left
+    beside what is needed. ``"auto"`` does without where that is too little.
+    """
+    left = max(0, vram_bytes - needed_bytes)
+    if compress == "auto" and left < BUFFER_LEAST:
+        return 0
+    part = min(BUFFER_BYTES, vram_bytes // _PART, left)
+    return max(BUFFER_LEAST, part // MIB * MIB)
 
 
 def options(

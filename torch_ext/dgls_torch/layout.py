@@ -95,10 +95,10 @@ class Layout:
         self.modules = [_weak(block) for _, block in anatomy.blocks]
         parts = [part for weights in self.weights for w in weights for part in w.parts]
         self.vram_bytes = self.budget(config, None)
-        self.decode_bytes = encoding.buffer_bytes(config, self.device, parts, self.vram_bytes)
-        least = anatomy.outside_bytes + self.decode_bytes + max(self.block_bytes)
-        if config.compress == "auto" and self.vram_bytes < least:
-            self.decode_bytes = 0  # rather as it is than not at all
+        needed = anatomy.outside_bytes + sum(self._least_of_blocks(config.resident or ()))
+        self.decode_bytes = encoding.buffer_bytes(
+            config, self.device, parts, self.vram_bytes, needed
+        )
         self.outside_bytes = anatomy.outside_bytes + self.decode_bytes
         self._check_budget()
 
@@ -148,18 +148,23 @@ class Layout:
         Raises:
             ValueError: With both sizes.
         """
-        sizes, chosen = self.block_bytes, set(self.chosen(blocks))
-        stay = sum(sizes[block] for block in chosen)
-        others = [size for block, size in enumerate(sizes) if block not in chosen]
-        needed = self.outside_bytes + stay + max(others, default=0)
+        stay, other = self._least_of_blocks(blocks)
+        needed = self.outside_bytes + stay + other
         if vram_bytes < needed:
             raise ValueError(
                 f"vram is {format_bytes(vram_bytes)} ({vram_bytes} bytes), which is too small: the "
                 f"resident blocks take {format_bytes(stay)}, the weights outside of the blocks"
                 f"{self._buffer} {format_bytes(self.outside_bytes)}, and the largest of the other "
-                f"blocks {format_bytes(max(others, default=0))}; the smallest budget for this "
+                f"blocks {format_bytes(other)}; the smallest budget for this "
                 f"choice is {format_bytes(needed)} ({needed} bytes)"
             )
+
+    def _least_of_blocks(self, resident: Iterable[int | str]) -> tuple[int, int]:
+        """Bytes of blocks that are to stay, and of the largest other one."""
+        sizes, chosen = self.block_bytes, set(self.chosen(resident))
+        stay = sum(sizes[block] for block in chosen)
+        others = [size for block, size in enumerate(sizes) if block not in chosen]
+        return stay, max(others, default=0)
 
     def is_current(self) -> bool:
         """Whether the blocks still hold the weights that the engine knows."""
