@@ -11,10 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dgls_torch.blocks import NoBlocksError
-from dgls_torch.config import UNITS, StreamConfig
+from dgls_torch.config import COMPRESS, UNITS, StreamConfig
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.header import json_object
 from dgls_torch.planner.chart import plot
+from dgls_torch.planner.encoded import Encoded, encoded_of, with_encoded
 from dgls_torch.planner.forecast import Forecast, check_room, forecast
 from dgls_torch.planner.form import DoesNotFit, Inputs, make_inputs
 from dgls_torch.planner.modules import LATENCY_S
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _FILE_MOST = 100_000_000
 _BLOCKS_MOST = 100_000
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
-_OF_MODEL = ("tflops", "tokens", "blocks", "unit")
+_OF_MODEL = ("tflops", "tokens", "blocks", "unit", "compress")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--latency", help="what each copy takes beside its bytes (default 10us)")
     add("--blocks", help="prefixes of the blocks' names, if they are not found: a,b")
     add("--unit", help="what is streamed at a time: block (default) or layer")
+    add("--compress", help="off (default), auto or on: bf16 weights go over the link encoded")
     add("--resident", help="blocks that stay whole, all others are streamed whole: 0,1,5-9")
     add("--prefetch", help="the most streamed blocks that are copied ahead of the running one")
     add("--verify", action="store_true", help="also solve for the optimum over all policies")
@@ -96,19 +98,20 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     drawing = None if arguments.plot is None else _drawing(arguments.plot)
     outside_bytes = 0
+    encoded: Encoded | None = None
     names: list[str] | None = None
     notes: list[str] = []
     if arguments.inputs is not None:
         inputs = _inputs_of_file(arguments)
     else:
         sizes, notes = _sizes_of_file(arguments)
-        inputs = _inputs_of_model(arguments, sizes)
-        outside_bytes, names = sizes.outside_bytes, [block.name for block in sizes.blocks]
+        inputs, outside_bytes, encoded = _inputs_of_model(arguments, sizes)
+        names = [block.name for block in sizes.blocks]
     if arguments.print_inputs:
         check_room(inputs, outside_bytes, names)
         print(json.dumps(inputs, indent=1))
         return 0
-    found = forecast(inputs, outside_bytes, names)
+    found = forecast(inputs, outside_bytes, names, encoded)
     if drawing is not None or not arguments.json:
         free, points = _swept(arguments, found)
     if drawing is not None:
@@ -141,9 +144,7 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
     if arguments.model is None:
         raise ValueError("a MODEL.safetensors is needed, or --inputs FILE.json; see --help")
     source = SafetensorsSource(arguments.model)
-    unit = "block" if arguments.unit is None else arguments.unit
-    if unit not in UNITS:
-        raise ValueError(f"--unit needs {' or '.join(UNITS)}, found {unit!r}")
+    unit = _word(arguments.unit, "--unit", UNITS)
     model, others = checkpoint(source, layers=unit == "layer")
     notes = []
     if others:
@@ -165,7 +166,10 @@ def _sizes_of_file(arguments: argparse.Namespace) -> tuple[ModelSizes, list[str]
         raise ValueError(f"{name}: {error}") from error
 
 
-def _inputs_of_model(arguments: argparse.Namespace, sizes: ModelSizes) -> Inputs:
+def _inputs_of_model(
+    arguments: argparse.Namespace, sizes: ModelSizes
+) -> tuple[Inputs, int, Encoded | None]:
+    """The numbers to plan, the bytes outside of blocks, and what goes encoded."""
     for name, example in (("vram", "8GiB"), ("h2d", "25GB/s")):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is needed, such as --{name} {example}")
@@ -179,8 +183,12 @@ def _inputs_of_model(arguments: argparse.Namespace, sizes: ModelSizes) -> Inputs
         seconds = sizes.compute_s(tokens, _tflops(arguments.tflops))
     elif arguments.tokens is not None:
         raise ValueError("--tokens needs --tflops: without it no compute time is known")
-    room = vram_bytes - sizes.outside_bytes
-    return make_inputs(sizes, room, seconds, rate, latency_s, **_options(arguments))
+    options = _options(arguments)
+    compress = _word(arguments.compress, "--compress", COMPRESS)
+    encoded = encoded_of(sizes, compress, vram_bytes, options.get("resident"))
+    outside, used = with_encoded(sizes.outside_bytes, rate, encoded)
+    inputs = make_inputs(sizes, vram_bytes - outside, seconds, used, latency_s, **options)
+    return inputs, outside, encoded
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +203,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _swept(arguments: argparse.Namespace, found: Forecast) -> tuple[int | None, list[Point]]:
-    least = found.least_vram_bytes - found.outside_bytes
+    least = found.least_vram_bytes - found.least_outside_bytes
     wanted = arguments.curve or arguments.plot is not None
     points = curve(found.inputs, least) if wanted else []
     asked = Point(found.inputs["budget_bytes"], found.solution)
@@ -222,6 +230,13 @@ def _shown(
             rows.append((budget, format_bytes(sum(plan.streamed_bytes)), *times))
         lines += ["the pass against the budget", *table(rows)]
     return "\n".join(lines)
+
+
+def _word(text: str | None, what: str, words: tuple[str, ...]) -> str:
+    """One of the words; the first if there is none."""
+    if text is not None and text not in words:
+        raise ValueError(f"{what} needs {' or '.join(words)}, found {text!r}")
+    return text or words[0]
 
 
 def _tflops(text: str) -> float:

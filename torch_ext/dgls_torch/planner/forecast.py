@@ -14,6 +14,7 @@ from dgls_torch.units import format_bytes, format_rate, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dgls_torch.planner.encoded import Encoded
     from dgls_torch.planner.form import Inputs, Solution
 
 # Less than this is within what a prediction is worth.
@@ -37,6 +38,8 @@ class Forecast:
             they are.
         solution: The plan as the planner gave it, with each copy.
         inputs: What the planner was asked, in its own form.
+        encoded: What goes over the link encoded; the rate in ``inputs`` is then that of the weights
+            as they are used.
     """
 
     blocks: tuple[BlockPlan, ...]
@@ -48,6 +51,7 @@ class Forecast:
     automatic_s: float | None
     solution: Solution
     inputs: Inputs
+    encoded: Encoded | None = None
 
     @property
     def period_s(self) -> float:
@@ -58,6 +62,11 @@ class Forecast:
     def bound_s(self) -> float:
         """What no schedule can beat: the compute, or the bytes that do not fit over the link."""
         return self.solution.lower_bound_s
+
+    @property
+    def least_outside_bytes(self) -> int:
+        """What of the smallest budget is no block's."""
+        return _least_outside(self.outside_bytes, self.encoded)
 
     @property
     def efficiency(self) -> float | None:
@@ -79,11 +88,14 @@ class Forecast:
     def __str__(self) -> str:
         """The forecast as a table; neighbours of one size share a row."""
         whole = sum(b.resident_bytes + b.streamed_bytes for b in self.blocks)
+        buffer = ""
+        if self.encoded is not None:
+            buffer = f", {format_bytes(self.encoded.buffer_bytes)} of them to decode from"
         lines = [
             f"plan for {format_bytes(self.vram_bytes)}: {format_bytes(self.used_bytes)} used, "
             f"{format_bytes(self.least_vram_bytes)} would do",
-            f"  outside of blocks {format_bytes(self.outside_bytes)}, which come off the budget "
-            "first",
+            f"  outside of blocks {format_bytes(self.outside_bytes)}{buffer}, which come off the "
+            "budget first",
             f"  blocks {format_bytes(whole)}, of which streamed in each pass "
             f"{format_bytes(self.streamed_bytes)}",
         ]
@@ -93,6 +105,10 @@ class Forecast:
             lines.append(f"{through}, in {copies} {'copies' if copies > 1 else 'copy'}")
         else:
             lines.append("  everything fits: nothing is streamed")
+        if copies and self.encoded is not None:
+            held = format_bytes(self.encoded.held_bytes(self.streamed_bytes))
+            share = f"{100 * self.encoded.share:.0f} %"
+            lines.append(f"  encoded on the link, {share} of the bytes: {held} of host memory")
         return "\n".join([*lines, *block_table(self.blocks), *self._times(), *self._advice()])
 
     def _times(self) -> list[str]:
@@ -101,9 +117,11 @@ class Forecast:
         if self.compute_s:
             rows.append(("compute", format_seconds(self.compute_s)))
         latency = format_seconds(self.inputs["copy_latency_s"])
-        rate = format_rate(self.inputs["h2d_bytes_per_s"])
-        rows.append(("link", f"{rate}, {latency} for each copy"))
-        limit = "copies" if self.bound_s > self.compute_s else "compute"
+        used = self.inputs["h2d_bytes_per_s"]
+        of_weights = "" if self.encoded is None else f"; of encoded weights {format_rate(used)}"
+        rate = format_rate(self._link_bytes_per_s)
+        rows.append(("link", f"{rate}, {latency} for each copy{of_weights}"))
+        limit = "copies" if self._copies_decide else "compute"
         of = f" (the {limit})" if self.compute_s else ""
         rows.append(("bound", f"{format_seconds(self.bound_s)}{of}"))
         if self.efficiency is not None:
@@ -113,8 +131,21 @@ class Forecast:
             rows.append(("optimum", f"{optimum} over all policies, without latency"))
         return table(rows)
 
+    @property
+    def _copies_decide(self) -> bool:
+        """Whether the bound is the copies'; sums of seconds differ in their last digits."""
+        return self.bound_s > self.compute_s * (1 + 1e-9)
+
+    @property
+    def _link_bytes_per_s(self) -> float:
+        share = 1.0 if self.encoded is None else self.encoded.share
+        return share * float(self.inputs["h2d_bytes_per_s"])
+
     def _advice(self) -> list[str]:
         advice = []
+        copies_s = self.streamed_bytes / self._link_bytes_per_s
+        if self.encoded is not None and copies_s < self.compute_s:
+            advice.append('  copies do not decide: compress="auto" would copy weights as they are')
         if self.automatic_s is not None and self.automatic_s < _WORTH * self.period_s:
             automatic = format_seconds(self.automatic_s)
             advice.append(f"  left to itself, the planner would take {automatic}")
@@ -124,7 +155,7 @@ class Forecast:
             return [*advice, "  compute bound: a faster link or more memory would gain nothing"]
         if self.automatic_s is not None:
             advice.append("  copy bound: a faster link or more residents shorten the pass")
-        elif self.bound_s > self.compute_s:
+        elif self._copies_decide:
             advice.append("  copy bound: more memory or a faster link shortens the pass")
         else:
             advice.append("  near balance: a little more memory would hide the rest of the copies")
@@ -136,7 +167,10 @@ class Forecast:
 
 
 def forecast(
-    inputs: Inputs, outside_bytes: int = 0, names: Sequence[str] | None = None
+    inputs: Inputs,
+    outside_bytes: int = 0,
+    names: Sequence[str] | None = None,
+    encoded: Encoded | None = None,
 ) -> Forecast:
     """Plans, and looks at what else the numbers say.
 
@@ -144,6 +178,8 @@ def forecast(
         inputs: What to plan; its budget is what ``outside_bytes`` leave of the whole.
         outside_bytes: Bytes that are no block's.
         names: The blocks' names; their numbers if not given.
+        encoded: What goes over the link encoded, if anything: the rate and ``outside_bytes`` have
+            it in them.
 
     Raises:
         ValueError: The planner refuses the inputs.
@@ -163,12 +199,13 @@ def forecast(
         blocks=tuple(BlockPlan(*block) for block in sizes),
         vram_bytes=inputs["budget_bytes"] + outside_bytes,
         outside_bytes=outside_bytes,
-        least_vram_bytes=outside_bytes + least_budget(inputs),
+        least_vram_bytes=_least_outside(outside_bytes, encoded) + least_budget(inputs),
         compute_s=compute_s,
         batched_s=solve(_doubled(inputs)).period_s if stalls else None,
         automatic_s=solve(_left_alone(inputs)).period_s if is_by_order else None,
         solution=solution,
         inputs=inputs,
+        encoded=encoded,
     )
 
 
@@ -190,6 +227,13 @@ def _doubled(inputs: Inputs) -> Inputs:
 def _left_alone(inputs: Inputs) -> Inputs:
     left = {name: value for name, value in inputs.items() if name not in _BY_ORDER}
     return left | {"verify": False}
+
+
+def _least_outside(outside_bytes: int, encoded: Encoded | None) -> int:
+    """What is outside of blocks, and the buffer, in the smallest budget."""
+    if encoded is None:
+        return outside_bytes
+    return outside_bytes - encoded.buffer_bytes + encoded.least_buffer_bytes
 
 
 def _too_small(

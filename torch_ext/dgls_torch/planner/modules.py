@@ -11,6 +11,7 @@ from torch import nn
 from dgls_torch.blocks import budget_shares, compute_device, models_of
 from dgls_torch.config import StreamConfig
 from dgls_torch.memory import auto_vram_bytes
+from dgls_torch.planner.encoded import encoded_of, with_encoded
 from dgls_torch.planner.forecast import Forecast, forecast
 from dgls_torch.planner.form import make_inputs
 from dgls_torch.planner.sizes import sizes_of
@@ -92,7 +93,8 @@ def plan(
         prefetch: The most streamed blocks that are copied ahead of the running one.
         verify: Whether to solve for the optimum over all policies too.
         config: Everything else, as for `dgls_torch.stream`.
-        **fields: Single fields of `StreamConfig`: ``blocks``, ``exclude``, ``source``.
+        **fields: Single fields of `StreamConfig`: ``blocks``, ``exclude``, ``source``, ``unit``,
+            and ``compress``, as it would be on a GPU, where not ``"off"``.
 
     Returns:
         The plan; print it. One for each model of a pipeline with several.
@@ -119,10 +121,11 @@ def plan(
         sizes = sizes_of(part, own)
         budget = own.vram_bytes or auto_vram_bytes(_device(own))
         seconds = _compute_s(compute_s, sizes)
-        room = budget - sizes.outside_bytes
-        inputs = make_inputs(sizes, room, seconds, rate, latency_s, **options)
+        encoded = encoded_of(sizes, own.compress, budget, resident)
+        outside, used = with_encoded(sizes.outside_bytes, rate, encoded)
+        inputs = make_inputs(sizes, budget - outside, seconds, used, latency_s, **options)
         names = [block.name for block in sizes.blocks]
-        found[name] = forecast(inputs, sizes.outside_bytes, names)
+        found[name] = forecast(inputs, outside, names, encoded)
     return found if len(models) > 1 else found[models[0][0]]
 
 
