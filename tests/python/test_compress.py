@@ -334,11 +334,22 @@ def test_two_streams_side_by_side(compress: str) -> None:
     expected = [run(model) for model in models]
     options: dict[str, Any] = SMALL | LINK | {"compress": compress}
     size = budgets(models[0], **LINK)[1]
-    streams = [dgls_torch.stream(model, size, **options) for model in models]
+    before, promised = encoding.promised_bytes(), []
+    streams = []
+    for model in models:
+        streams.append(dgls_torch.stream(model, size, **options))
+        promised.append(encoding.promised_bytes() - before)
+    whole = 8 * 2 * WIDTH * WIDTH * 2  # bytes of the weights of one that may be encoded
+    share = promised[0] / whole
+    assert 0.68 < share < 0.7 if compress == "on" else share == 0
+    assert promised[1] == 2 * promised[0]
     for s, model, out in zip(streams, models, expected, strict=True):
         passes(s, lambda m=model: run(m), out, lambda r: all_held(r) == (compress == "on"))
+    held = sum(s.report().encoded_held_bytes for s in streams)
+    assert encoding.promised_bytes() - before == promised[1] - held, "what is held is not free"
     for s in streams:
         s.detach()
+    assert encoding.promised_bytes() == before
     assert threads() == []
 
 

@@ -137,8 +137,8 @@ print(wrong)
     assert int(said[0]) >= 5
 
 
-# The next two fail today: a copy that is not encoded may overtake the decoding of one before it to
-# the same place, where no use of a block lies between: it was cancelled, or weights have changed.
+# A copy that is not encoded must not overtake the decoding of one before it to the same place,
+# also where no use of a block lies between: weights have changed, or the use was cancelled.
 @pytest.mark.parametrize("delay", ["lat_us", "decode_us"])
 def test_changes_in_place(script: Script, delay: str) -> None:
     script(f"""

@@ -168,6 +168,8 @@ def test_encoded_weights_have_half_of_what_is_left_and_share_the_order_for_locks
         unlocked = budget({"compress": mode}, locks="none", filed_bytes=0)
         assert (unlocked.encoded_bytes, unlocked.locked_bytes) == (12 * GIB - 32 * MIB, 0)
         assert budget({"compress": mode}, may_encode=False).encoded_bytes == 0
+    promised = budget({"compress": "on"}, promised_bytes=6 * GIB)
+    assert half.encoded_bytes - promised.encoded_bytes == 3 * GIB, "half of what others leave"
     on: dict[str, Any] = {"compress": "on"}
     assert budget(on | {"pinned": "8GiB"}).locked_bytes == 8 * GIB
     assert budget(on | {"pinned": 0}).locked_bytes == 1, "0 would be no limit"

@@ -33,6 +33,9 @@ SHARE = 10.98 / 16
 """What goes over the link of a byte that is encoded, of weights as trained ones are: normally
 distributed (docs/encoded-format.md)."""
 
+_promised: dict[int, int] = {}
+"""For each open engine by its number, bytes of host memory that its encoded weights may come to."""
+
 _MODES = {"off": 0, "auto": 1, "on": 2}
 
 
@@ -102,6 +105,29 @@ def options(
         "locked_bytes": host.locked_bytes,
         "decode_buffer": empty_arena(buffer, device) if buffer else None,
     }
+
+
+def promise(number: int, parts: Iterable[Part], host: HostBudget) -> None:
+    """Notes what an engine's encoded weights may come to hold, until `forget`."""
+    most = sum(part.bytes for part in parts if may_encode(part))
+    _promised[number] = min(host.encoded_bytes, int(SHARE * most))
+
+
+def forget(number: int) -> None:
+    """The engine is closed, or was never promised anything."""
+    _promised.pop(number, None)
+
+
+def promised_bytes() -> int:
+    """Host memory that engines may still take for encoded weights: available, but not free."""
+    return sum(max(0, most - _held_bytes(number)) for number, most in list(_promised.items()))
+
+
+def _held_bytes(number: int) -> int:
+    try:
+        return int(torch.ops.dgls.stats(number)[16])
+    except RuntimeError:  # it was closed just now, or is another process's
+        return 0
 
 
 def _is_on(config: StreamConfig, device: torch.device) -> bool:

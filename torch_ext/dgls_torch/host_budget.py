@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dgls_torch.encoding import may_encode
+from dgls_torch.encoding import may_encode, promised_bytes
 from dgls_torch.memory import (
     encoded_budget,
     host_memory,
@@ -60,6 +60,7 @@ def host_budget(
     filed_bytes: int,
     locks: Locks,
     may_encode: bool = True,
+    promised_bytes: int = 0,
 ) -> HostBudget:
     """Splits the host memory that a configuration allows, and checks that it is there.
 
@@ -75,6 +76,7 @@ def host_budget(
         locks: Who locks pages: a GPU's driver, the system, or no one, because the device copies
             from any memory.
         may_encode: Whether there are weights that ``compress`` is for.
+        promised_bytes: What other streams may still take for theirs.
 
     Raises:
         MemoryError: What was ordered is more than some limit leaves; the message names it.
@@ -95,7 +97,9 @@ def host_budget(
             copies + min(staging, _MOST_STAGING), f"ram={config.ram!r}, which is {parts},", host
         )
     taken = copies + min(staging, _MOST_STAGING)
-    encoded = encoded_budget(host, taken) if may_encode and config.compress != "off" else 0
+    encoded = 0
+    if may_encode and config.compress != "off":
+        encoded = encoded_budget(host, taken + promised_bytes)
     return HostBudget(
         pinned_bytes=pinned,
         copies_bytes=copies,
@@ -124,6 +128,7 @@ def budget_of(config: StreamConfig, device: torch.device, parts: list[Part]) -> 
         filed_bytes=sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in filed),
         locks=locks,
         may_encode=any(may_encode(part) for part in parts),
+        promised_bytes=promised_bytes(),
     )
 
 

@@ -107,7 +107,9 @@ class Engine:
             driver=os.environ.get("DGLS_TEST_DRIVER", "auto"),
             faults=int(os.environ.get("DGLS_TEST_FAULTS", "0")),
         )
-        self._guard = _guard_of(self._number, host)
+        if encoded:
+            encoding.promise(self.number, moved, host)
+        self._guard = _guard_of(self.number, host)
         self._rebuilding = threading.Lock()
         self._is_stale = False
         self._capsules: list[Any] = []
@@ -306,6 +308,7 @@ class Engine:
                 _hooked.discard(module)
             self._capsules, self._removers, self._hooks = [], [], []
             if number is not None:
+                encoding.forget(number)
                 _ops.destroy(number)
             self._arena = torch.empty(0, dtype=torch.uint8)
 
