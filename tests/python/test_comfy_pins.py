@@ -111,6 +111,7 @@ def test_what_is_locked_of_encoded_weights_is_counted(
         """
 import time
 from dgls_torch.comfy.nodes import DGLSStream
+from dgls_torch.comfy.report_view import report_data
 from compress_cases import WIDTH as WIDE  # of weights that are worth encoding
 assert fake.fakecuda_set(b"bw_mbps", ctypes.c_int64(400)) == 0
 class Wide(Flux):
@@ -144,10 +145,14 @@ for _ in range(30):  # until nothing is being encoded
         break
 assert locked() > report.pinned_bytes + report.encoded_held_bytes
 assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
+def summary(made):
+    return report_data("wide", residency(made))["summary"]
+assert ", encoded to 6" in summary(made), summary(made)
 plain = DGLSStream.execute(model, vram=vram).args[0]
 assert same(sampled(plain), expected)
 report = residency(plain).stream.report()
 assert (report.encoded_held_bytes, report.decoded_bytes_total) == (0, 0)
+assert "encoded" not in summary(plain)
 assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
 free_all()
 assert locked() == 0

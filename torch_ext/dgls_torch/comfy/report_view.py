@@ -60,6 +60,9 @@ def _summary(plan: Plan, report: Report) -> str:
         f"{format_bytes(plan.outside_bytes + kept)} resident",
         f"{format_bytes(plan.streamed_bytes)} streamed in each pass",
     ]
+    if report.encoded_bytes_total:
+        share = report.encoded_bytes_total / report.decoded_bytes_total
+        parts.append(f"encoded to {100 * share:.0f} % on the link")
     pass_s, stall_s = report.pass_s, report.stall_s
     if pass_s and stall_s is not None:
         parts.append(f"{100 * (1 - stall_s / pass_s):.0f} % of the time computing")
