@@ -133,7 +133,9 @@ mod tests {
     use super::*;
 
     fn after(balance: &mut Balance, ratios: &[f64]) -> bool {
-        ratios.iter().for_each(|&ratio| balance.weigh(ratio));
+        for &ratio in ratios {
+            balance.weigh(ratio);
+        }
         balance.copies_decide
     }
 
