@@ -53,7 +53,7 @@ fn encode(spec: &ffi::EngineSpec) -> Encode {
     match spec.encode {
         0 => Encode::Off,
         1 => Encode::WhereCopiesDecide,
-        _ => Encode::Always,
+        _ => Encode::ALWAYS,
     }
 }
 

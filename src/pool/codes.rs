@@ -153,8 +153,8 @@ pub struct Codes {
     retired: Vec<Code>,
     /// For each tensor how often its weights have changed.
     changes: Vec<u64>,
-    /// Copies come from there.
-    in_use: bool,
+    /// For each tensor whether copies come from there.
+    picks: Vec<bool>,
 }
 
 impl Codes {
@@ -171,17 +171,17 @@ impl Codes {
 
     /// The encoded form of a tensor, if copies are to come from there.
     pub fn to_copy(&self, tensor: u32) -> Option<&Code> {
-        self.get(tensor).filter(|_| self.in_use)
+        self.get(tensor).filter(|_| self.is_picked(tensor))
     }
 
-    /// Whether copies are to come from what is encoded.
-    pub fn in_use(&self) -> bool {
-        self.in_use
+    /// Whether copies of a tensor are to come from its encoded form; at first none are.
+    pub fn is_picked(&self, tensor: u32) -> bool {
+        self.picks.get(index(tensor)).copied().unwrap_or(false)
     }
 
-    /// Says whether copies are to come from what is encoded; at first they are not.
-    pub fn set_in_use(&mut self, in_use: bool) {
-        self.in_use = in_use;
+    /// Says of each tensor whether copies of it are to come from its encoded form.
+    pub fn set_picks(&mut self, picks: Vec<bool>) {
+        self.picks = picks;
     }
 
     /// How often the weights of a tensor have changed.
@@ -281,7 +281,9 @@ mod tests {
         assert!(codes.put(1, code(&device), 0).is_none());
         assert!(codes.get(1).is_some() && codes.get(0).is_none() && codes.bytes() == page);
         assert!(codes.to_copy(1).is_none());
-        codes.set_in_use(true);
+        codes.set_picks(vec![true, false]);
+        assert!(codes.to_copy(1).is_none());
+        codes.set_picks(vec![true, true]);
         assert!(codes.to_copy(1).is_some() && codes.to_copy(0).is_none());
         codes.changed(1);
         assert!(codes.get(1).is_none() && codes.has_retired());

@@ -118,7 +118,7 @@ impl<'a> World<'a> {
             pinned_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
             staging_bytes: random.between(1, 4) << 16,
             ram_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
-            encode: Encode::Always,
+            encode: Encode::Eighths(if seed % 5 == 3 { 3 } else { 8 }),
             encodable: vec![seed % 3 == 1; weights.stack.profile.tensors.len()],
             encoded_bytes: 1 << 30,
             trace_uses: 16,

@@ -72,7 +72,7 @@ impl<'a> Rig<'a> {
             }
         };
         let (encode, adapt) = match setup.decode_buffer {
-            Some(_) => (Encode::Always, Adapt::AtOnce),
+            Some(_) => (Encode::ALWAYS, Adapt::AtOnce),
             None => (Encode::Off, Adapt::default()),
         };
         let spec = Spec {

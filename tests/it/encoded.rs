@@ -52,7 +52,7 @@ pub(crate) fn always(weights: &Weights, budget_bytes: u64) -> Spec {
         budget_bytes,
         pinned_bytes: 1 << 30,
         staging_bytes: 1 << 18,
-        encode: Encode::Always,
+        encode: Encode::ALWAYS,
         encodable: vec![true; weights.stack.profile.tensors.len()],
         encoded_bytes: 1 << 30,
         options: Options { adapt: Adapt::AtOnce, poison: true, ..Options::default() },

@@ -4,6 +4,7 @@
 
 use dgls_core::driver::host::HostOptions;
 use dgls_core::driver::host::shim::page_bytes;
+use dgls_core::engine::{Encode, Spec};
 
 use crate::encoded::{BLOCKS, LINK, Rig, WORTH, always, model, streamed, trained, worth};
 use crate::stack::{Stack, index};
@@ -90,4 +91,32 @@ fn what_becomes_resident_is_given_back_and_what_is_streamed_anew_is_encoded() {
         assert!((worth * 3 / 4..=worth).contains(&decoded_bytes), "budget {budget}");
     }
     rig.engine.close().expect("nothing is wrong");
+}
+
+#[test]
+fn so_many_eighths_of_what_is_streamed_go_encoded() {
+    const TENSOR: u64 = 65_536;
+    let weights = trained(Stack::uniform(32, &[TENSOR]), 10);
+    let (least, all) = weights.stack.budgets();
+    for eighths in 0..=8 {
+        let spec = Spec { encode: Encode::Eighths(eighths), ..always(&weights, least) };
+        let mut rig = Rig::timeless(&weights, &spec);
+        for budget in [least, all / 4, least] {
+            rig.rebuild(budget);
+            for _ in 0..2 {
+                rig.pass();
+            }
+            let wanted = streamed(&rig) * u64::from(eighths) / 8;
+            for _ in 0..2 {
+                let passes = u64::from(rig.engine.plan().program.passes);
+                let decoded_bytes = rig.cycle().1;
+                let difference = decoded_bytes.abs_diff(passes * wanted);
+                assert!(difference <= passes * TENSOR, "{eighths}: {decoded_bytes}, {budget}");
+            }
+            let code_bytes = rig.stats().code_bytes;
+            assert!(code_bytes <= wanted * 3 / 4 + 2 * TENSOR, "{code_bytes} for {wanted}");
+        }
+        assert_eq!(rig.stats().counters.errors, 0);
+        rig.engine.close().expect("nothing is wrong");
+    }
 }

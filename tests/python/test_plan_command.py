@@ -183,51 +183,6 @@ def test_blocks_can_be_named(tmp_path: Path, capsys: Any) -> None:
     assert said == "unet.safetensors: blocks: Checkpoint has no module 'no_blocks'"
 
 
-def test_weights_that_go_over_the_link_encoded(model: Path, capsys: Any) -> None:
-    asked = [model, "--vram", "8GiB", *LINK, "--tflops", 300]
-    off, out = good(capsys, *asked), good(capsys, *asked, "--compress", "auto")
-    assert good(capsys, *asked, "--compress", "off") == off
-    assert out.splitlines()[0].endswith(", 672.94 MiB would do"), "without a buffer, as it is"
-    assert "outside of blocks 152.76 MiB, 128.00 MiB of them to decode from" in out
-    assert "encoded on the link, 69 % of the bytes: 10." in out
-    assert "25.0 GB/s, 10.0 us for each copy; of encoded weights 36.4 GB/s" in out
-    before, inputs = (
-        json.loads(good(capsys, *asked, "--print-inputs", *more))
-        for more in ([], ["--compress", "on"])
-    )
-    share = inputs.pop("h2d_bytes_per_s") / before.pop("h2d_bytes_per_s")
-    assert share == pytest.approx(16 / 10.98, rel=1e-3)
-    assert before.pop("budget_bytes") - inputs.pop("budget_bytes") == 128 << 20
-    assert inputs == before
-    plans = [json.loads(good(capsys, *asked, "--json", "--compress", way)) for way in ("off", "on")]
-    assert 1.35 < plans[0]["period_s"] / plans[1]["period_s"] < 1.46
-    decides = 'copies do not decide: compress="auto" would copy weights as they are'
-    assert decides not in out
-    slow = [model, "--vram", "12GiB", *LINK, "--tflops", 100, "--no-curve", "--compress", "auto"]
-    assert decides in good(capsys, *slow)
-    assert "bound 969 ms (the compute)" in " ".join(good(capsys, *slow).split())
-
-
-@pytest.mark.parametrize("more", [[], ["--resident", "0-5"]])
-def test_smallest_budgets_with_a_buffer_work(model: Path, capsys: Any, more: list[str]) -> None:
-    on = [model, *LINK, "--no-curve", "--compress", "on", *more]
-    least = int(bad(capsys, *on, "--vram", "500MiB", status=1).split("(")[-1].split()[0])
-    off = [model, *LINK, "--no-curve", *more, "--vram"]
-    bare = int(bad(capsys, *off, "500MiB", status=1).split("(")[-1].split()[0])
-    assert least - bare == 32 << 20
-    assert "32.00 MiB of them to decode from" in good(capsys, *on, "--vram", least)
-    bad(capsys, *on, "--vram", least - 1, status=1)
-    auto = [model, *LINK, "--no-curve", "--compress", "auto", *more, "--vram"]
-    assert "decode" not in good(capsys, *auto, bare)
-    assert "decode" in good(capsys, *auto, least)
-
-
-def test_what_cannot_be_encoded_is_planned_as_it_is(tmp_path: Path, capsys: Any) -> None:
-    for dtype in ("F32", "F8_E4M3"):
-        asked = [write(tmp_path / "flux.safetensors", flux(), dtype), "--vram", "8GiB", *LINK]
-        assert good(capsys, *asked, "--compress", "on") == good(capsys, *asked)
-
-
 def test_layers_are_streamed_one_at_a_time(model: Path, small: Path, capsys: Any) -> None:
     out = good(capsys, model, "--vram", "8GiB", *LINK, "--unit", "layer")
     assert out.splitlines()[0].endswith(" used, 150.80 MiB would do"), "the largest, not a block"

@@ -171,22 +171,6 @@ def test_a_plan_needs_no_weights(tmp_path: Path) -> None:
     assert same.blocks == dgls_torch.plan(net(8), "1MiB", device="cpu", h2d_bytes_per_s=1e9).blocks
 
 
-def test_a_plan_of_a_module_with_encoded_weights() -> None:
-    with torch.device("meta"):
-        model = net(80, 512).to(torch.bfloat16)  # 160 MiB
-    asked = {"device": "cpu", "h2d_bytes_per_s": 1e9, "compute_s": 1e-3}
-    plain, on = (dgls_torch.plan(model, "80MiB", **asked, compress=way) for way in ("off", "on"))
-    assert on.outside_bytes - plain.outside_bytes == 32 << 20
-    assert on.least_vram_bytes - plain.least_vram_bytes == 32 << 20
-    assert plain.encoded is None
-    assert on.encoded is not None
-    assert on.encoded.share == pytest.approx(10.98 / 16, rel=0.01)
-    assert on.period_s == pytest.approx(on.streamed_bytes * on.encoded.share / 1e9, rel=0.1)
-    assert on.period_s < plain.period_s * 1.1, "32 MiB more to stream, and 0.69 of it"
-    assert 0.68 < on.encoded.held_bytes(on.streamed_bytes) / on.streamed_bytes < 0.69
-    assert dgls_torch.plan(model, "20MiB", **asked, compress="auto").encoded is None
-
-
 def test_what_is_not_given_is_measured_or_unknown() -> None:
     model = net(8)
     vram = sum(p.numel() * 4 for p in model.parameters()) // 2

@@ -85,8 +85,8 @@ class StreamConfig:
             first passes, which copy them as they are. It takes 32 to 128 MiB of ``vram``, and of
             host memory about two thirds of what is streamed, page-locked: half of what is available
             at most, and no more than ``pinned`` allows beside what is locked in place.
-            Unit: a word. Range: ``"off"``, ``"auto"``, which copies them so while passes show that
-            the link decides how long they take, if ``adapt`` is set, or ``"on"``.
+            Unit: a word. Range: ``"off"``, ``"auto"``, which takes as many of them as hide the
+            copies behind the compute, by the times of passes, if ``adapt`` is set, or ``"on"``.
             Default: ``"off"``.
             Change it: to ``"auto"`` where copies decide and the host has memory to spare. Weights
             must then not be changed in a way that torch does not count, as through NumPy.

@@ -189,6 +189,7 @@ impl Core {
 mod tests {
     use super::*;
     use crate::driver::UseTimes;
+    use crate::engine::Encode;
     use crate::engine::adapt::change::tests::core;
 
     /// Use `number`, of a millisecond, for which a MiB was copied in half of that.
@@ -221,6 +222,24 @@ mod tests {
         (0..16).for_each(|number| core.learn(&record(number)));
         let pause_s = core.tuner.pause_s().expect("told");
         assert!((pause_s - 0.017).abs() < 1e-9, "{pause_s}: 8 ms instead of 1, once");
+    }
+
+    #[test]
+    fn timed_passes_say_how_much_is_to_go_encoded() {
+        for (ratio, eighths) in [(0.8, 0), (1.05, 3), (2.0, 8)] {
+            let mut core = core();
+            (core.spec.options.adapt, core.spec.encode) =
+                (Adapt::AtOnce, Encode::WhereCopiesDecide);
+            // Eight blocks take 8 ms.
+            let mib_ns = whole(ratio * 8e6 / real(core.plan.streamed_bytes >> 20)) + 5_000;
+            for number in 0..33 {
+                let mut record = record(number);
+                record.times.copy_end_ns = record.times.copy_start_ns + mib_ns;
+                assert!(number >= 24 || core.eighths() == 0, "three passes have to say so");
+                core.learn(&record);
+            }
+            assert_eq!(core.eighths(), eighths, "copies take {ratio} of the compute");
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::early::rest;
 use super::feed::Host;
+use super::picks::EIGHTHS;
 use crate::codec;
 use crate::driver::{Device, Source};
 use crate::engine::Spec;
@@ -30,10 +31,16 @@ pub enum Encode {
     /// Never.
     #[default]
     Off,
-    /// Once passes were timed, if the link and not the compute decides how long they take.
+    /// Once passes were timed, as many as it takes for the compute and not the link to decide how
+    /// long they take; where it decides anyway, none.
     WhereCopiesDecide,
-    /// From the first pass on.
-    Always,
+    /// From the first pass on, so many eighths of what is streamed.
+    Eighths(u32),
+}
+
+impl Encode {
+    /// All of what is streamed, from the first pass on.
+    pub const ALWAYS: Self = Self::Eighths(EIGHTHS);
 }
 
 /// A tensor to encode.
@@ -67,7 +74,7 @@ struct Work {
 }
 
 impl Host {
-    /// What `plan` streams and is not encoded yet, and can be.
+    /// What of `plan` is to go encoded and is not yet, and can be.
     pub(in crate::engine) fn to_encode(&self, spec: &Spec, plan: &Plan) -> Vec<Task> {
         let (cache, codes) = (self.cache.read(), self.codes.read());
         let hopeless = self.hopeless.lock();
@@ -76,6 +83,7 @@ impl Host {
             let (tensor, bytes) = (narrow(number), spec.profile.tensors[number].bytes);
             let can_be = spec.encodable.get(number).copied().unwrap_or(false)
                 && !plan.resident[number]
+                && codes.is_picked(tensor)
                 && codes.get(tensor).is_none()
                 && whole_pages(bytes) <= room
                 && !hopeless.contains(&tensor);
@@ -169,13 +177,6 @@ impl Drop for Encoder {
 }
 
 impl Host {
-    /// Says whether copies come from what is encoded, from the next that is enqueued on.
-    pub(in crate::engine) fn use_codes(&self, in_use: bool) {
-        if self.codes.read().in_use() != in_use {
-            self.codes.write().set_in_use(in_use);
-        }
-    }
-
     /// Whether encoded forms of weights before a change are held still.
     pub(in crate::engine) fn has_retired(&self) -> bool {
         self.codes.read().has_retired()

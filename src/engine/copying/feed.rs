@@ -38,6 +38,8 @@ pub(in crate::engine) struct Host {
     pub(super) code_room: u64,
     /// Tensors that encoding makes no smaller, or that there is no memory for.
     pub(super) hopeless: Arc<Mutex<Vec<u32>>>,
+    /// The eighths that are to go encoded, and the hopeless tensors, when they were picked.
+    pub(super) picked_for: Option<(u32, usize)>,
     pub(in crate::engine) choice: SharedChoice,
     /// Whether it was prepared for a plan before.
     is_prepared: bool,
@@ -73,6 +75,7 @@ impl Host {
             codes: Arc::default(),
             code_room: 0,
             hopeless: Arc::default(),
+            picked_for: None,
             choice: new_choice(),
             is_prepared: false,
             seen: 0,
@@ -86,6 +89,7 @@ impl Host {
     /// reads host weights meanwhile.
     pub(in crate::engine) fn prepare(&mut self, spec: &Spec, plan: &Plan) {
         let streamed = |number: &usize| !plan.resident[*number];
+        self.picked_for = None;
         if self.is_prepared {
             self.keep_codes(plan);
         } else {

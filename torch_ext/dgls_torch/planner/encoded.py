@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from dgls_torch.planner.sizes import ModelSizes
 
+HIDES = 0.93
+"""What copies may take of the compute for ``"auto"`` to encode nothing (src/engine/encoding.rs)."""
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dgls_torch.planner.encoded import HIDES
 from dgls_torch.planner.form import DoesNotFit, block_sizes, compute_seconds, solve
 from dgls_torch.planner.sweep import least_budget
 from dgls_torch.report import BlockPlan
@@ -108,7 +109,9 @@ class Forecast:
         if copies and self.encoded is not None:
             held = format_bytes(self.encoded.held_bytes(self.streamed_bytes))
             share = f"{100 * self.encoded.share:.0f} %"
-            lines.append(f"  encoded on the link, {share} of the bytes: {held} of host memory")
+            lines.append(
+                f"  encoded on the link, {share} of the bytes: {held} of host memory at most"
+            )
         return "\n".join([*lines, *block_table(self.blocks), *self._times(), *self._advice()])
 
     def _times(self) -> list[str]:
@@ -144,8 +147,8 @@ class Forecast:
     def _advice(self) -> list[str]:
         advice = []
         copies_s = self.streamed_bytes / self._link_bytes_per_s
-        if self.encoded is not None and copies_s < self.compute_s:
-            advice.append('  copies do not decide: compress="auto" would copy weights as they are')
+        if self.encoded is not None and copies_s < HIDES * self.compute_s:
+            advice.append('  copies hide as it is: compress="auto" would encode nothing')
         if self.automatic_s is not None and self.automatic_s < _WORTH * self.period_s:
             automatic = format_seconds(self.automatic_s)
             advice.append(f"  left to itself, the planner would take {automatic}")
