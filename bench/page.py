@@ -58,8 +58,8 @@ device and hidden from them; accelerate's weights are page-locked. comfy-aimdo's
 linear ones stay on the device.
 
 `dgls-layer` is dgls_torch with `unit="layer"`, which streams layers one at a time, `dgls-compress`
-with `compress="on"`, which sends fewer bytes than the limit is made of. They count as no peers;
-`best` is of blocks and of bytes as they are, so they may pass it.
+with `compress="auto"`, which sends fewer bytes than the limit is made of, `dgls-compress-all` with
+`"on"`. They count as no peers; `best` is of blocks and of bytes as they are, so they may pass it.
 
 `beside processes that copy`: a slower link, which others share the time of (bench/eaters.py). It
 goes round in turns of about a millisecond, and a copy queue that is empty for a moment waits for

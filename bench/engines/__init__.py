@@ -105,6 +105,9 @@ ENGINES = {
         'dgls_torch, unit="layer"', "bench.engines.ours", {"unit": "layer"}, needs_cuda=False
     ),
     "dgls-compress": Engine(
+        'dgls_torch, compress="auto"', "bench.engines.ours", {"compress": "auto"}, needs_cuda=False
+    ),
+    "dgls-compress-all": Engine(
         'dgls_torch, compress="on"', "bench.engines.ours", {"compress": "on"}, needs_cuda=False
     ),
     "ring": Engine("plain PyTorch, two buffers", "bench.engines.ring", needs_cuda=False),
@@ -128,6 +131,6 @@ ENGINES = {
 }
 """In the order of the tables."""
 
-OURS = ("dgls", "dgls-layer", "dgls-compress")
+OURS = ("dgls", "dgls-layer", "dgls-compress", "dgls-compress-all")
 """No peers of one another."""
 PEERS = tuple(name for name in ENGINES if name not in ("resident", *OURS))
