@@ -34,8 +34,10 @@ pub(crate) struct Setup {
     pub(crate) dropped: Dropped,
     pub(crate) batches: Batches,
     pub(crate) timing: bool,
-    /// Device memory to decode from: all weights are encoded at the end of the first pass then.
+    /// Device memory to decode from: weights are encoded at the end of the first pass then.
     pub(crate) decode_buffer: Option<(u64, u64)>,
+    /// How much of what is streamed is.
+    pub(crate) eighths: u32,
 }
 
 impl Setup {
@@ -48,6 +50,7 @@ impl Setup {
             batches: Batches::Right,
             timing: false,
             decode_buffer: None,
+            eighths: 8,
         }
     }
 }
@@ -72,7 +75,7 @@ impl<'a> Rig<'a> {
             }
         };
         let (encode, adapt) = match setup.decode_buffer {
-            Some(_) => (Encode::ALWAYS, Adapt::AtOnce),
+            Some(_) => (Encode::Eighths(setup.eighths), Adapt::AtOnce),
             None => (Encode::Off, Adapt::default()),
         };
         let spec = Spec {

@@ -50,10 +50,17 @@ fn page_locked_and_staged_every_byte_is_right() {
     let (least, all) = weights.stack.budgets();
     let buffer = Buffer::new(0);
     for (lat_us, decode_us) in [(0, 0), (300, 0), (0, 1000)] {
-        for (budget, pinned_bytes) in
-            [(least, 1 << 30), (least, 0), (2 * least, 1 << 30), (all, 1 << 30)]
-        {
-            let setup = Setup { pinned_bytes, ..setup(&weights, &buffer, budget) };
+        let most = 1 << 30;
+        for (budget, pinned_bytes, eighths) in [
+            (least, most, 8),
+            (least, most, 3),
+            (least, 0, 8),
+            (least, 0, 5),
+            (2 * least, most, 8),
+            (2 * least, most, 4),
+            (all, most, 8),
+        ] {
+            let setup = Setup { pinned_bytes, eighths, ..setup(&weights, &buffer, budget) };
             let mut rig = Rig::new(&weights, &setup, None).expect("it decodes");
             session.set("lat_us", lat_us);
             session.set("decode_us", decode_us);
