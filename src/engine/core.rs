@@ -47,7 +47,7 @@ pub(super) struct Core {
     pub(super) tuner: Tuner,
     pub(super) review: Review,
     pub(super) encoder: Encoder,
-    /// Whether copies decide, so that weights are worth encoding.
+    /// How much is worth encoding, by the times of passes.
     pub(super) balance: Balance,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Proposal>,

@@ -10,7 +10,8 @@ use crate::units::{index, narrow, real, whole};
 /// half of it on the device, plans that were simulated exactly took no longer than the compute
 /// where copies took 0.92 of it or less, and 6 % longer where they took as long.
 const HIDES: f64 = 0.93;
-/// With copies that take so many times as long as they do, no more than what is encoded would be.
+/// What goes encoded goes on doing so unless it is more than it would be if copies took so many
+/// times as long as they do.
 const SLACK: f64 = 1.1;
 /// Timed passes that have to agree: one alone may have met a pause or a busy link.
 const IN_A_ROW: u32 = 3;

@@ -20,5 +20,4 @@ pub(super) use stager::Stager;
 
 pub use encoder::Encode;
 pub use lane::Weight;
-
 pub use tiers::HostFacts;
