@@ -297,7 +297,6 @@ with dgls_torch.stream(model, sizes(model)[1], **ON) as s:
         assert text in line
 
 
-# Fails until "auto" goes on without encoding where the device does not decode.
 def test_auto_goes_on_where_the_device_does_not_decode(script: Script) -> None:
     script(
         MAKE

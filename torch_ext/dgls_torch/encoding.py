@@ -71,13 +71,14 @@ def buffer_bytes(
 def decoder_bytes(compress: str, vram_bytes: int, needed_bytes: int) -> int:
     """What a GPU takes of a budget to decode from, in bytes, if ``compress`` is not ``"off"``.
 
-    So that ``needed_bytes`` and the least of it are a budget that works, no more than is left
-    beside what is needed. ``"auto"`` does without where that is too little.
+    No more than half of what is left beside ``needed_bytes``: copies need room to come early. The
+    least of it is taken all the same, so that with ``needed_bytes`` it is a budget that works;
+    ``"auto"`` rather does without.
     """
     left = max(0, vram_bytes - needed_bytes)
     if compress == "auto" and left < BUFFER_LEAST:
         return 0
-    part = min(BUFFER_BYTES, vram_bytes // _PART, left)
+    part = min(BUFFER_BYTES, vram_bytes // _PART, left // 2)
     return max(BUFFER_LEAST, part // MIB * MIB)
 
 
