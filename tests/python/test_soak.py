@@ -39,6 +39,7 @@ def test_a_soak_of_some_seconds(fake_driver: Path) -> None:
     faults = int(re.findall(r"; (\d+) faults", done.stdout)[0])
     kinds = re.findall(r"(\D[^,:;]*) \d+[,;]", done.stdout.split("errors told:")[1])
     assert faults >= 150
+    assert int(re.findall(r"(\d+) decoded", done.stdout)[0]) > 0
     assert len(kinds) >= 9, kinds
 
 
