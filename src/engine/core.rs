@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::adapt::{Assembly, Proposal, Review, Tuner};
+use super::adapt::{Assembly, Balance, Proposal, Review, Tuner};
 use super::command::Command;
 use super::copying::{CopySide, Encode, Encoder, Host, Moved, MovedSums};
-use super::encoding::Balance;
+use super::encoding::Seen;
 use super::executor::Executor;
 use super::order::Order;
 use super::schedule::Schedule;
@@ -49,6 +49,7 @@ pub(super) struct Core {
     pub(super) encoder: Encoder,
     /// How much is worth encoding, by the times of passes.
     pub(super) balance: Balance,
+    pub(super) seen: Seen,
     /// A better plan for the present order and budget, to be adopted between passes.
     pub(super) proposal: Option<Proposal>,
     /// Since when the device has had nothing to do, because a better plan is taken up.
@@ -137,6 +138,7 @@ impl Core {
             review: Review::default(),
             encoder: Encoder::default(),
             balance: Balance::default(),
+            seen: Seen::default(),
             proposal: None,
             idle_since: None,
             is_fresh: false,

@@ -125,6 +125,7 @@ impl Core {
         std::mem::swap(&mut next.tuner, &mut self.tuner);
         std::mem::swap(&mut next.slow, &mut self.slow);
         std::mem::swap(&mut next.balance, &mut self.balance);
+        std::mem::swap(&mut next.seen, &mut self.seen);
         std::mem::swap(&mut next.life, &mut self.life);
         *self = next;
     }

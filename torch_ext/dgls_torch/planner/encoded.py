@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dgls_torch.planner.sizes import ModelSizes
 
 HIDES = 0.93
-"""What copies may take of the compute for ``"auto"`` to encode nothing (src/engine/encoding.rs)."""
+"""What copies may take of the compute for ``"auto"`` to encode nothing (adapt/balance.rs)."""
 
 
 @dataclass(frozen=True)
