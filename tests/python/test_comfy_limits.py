@@ -174,16 +174,16 @@ def test_a_forward_that_runs_out_of_memory_is_run_once_more() -> None:
     with torch.inference_mode():
         mm.load_models_gpu([stream])
         stream.pre_run()
-        held, loaded = residency(stream).arena_bytes, stream.loaded_size()
+        held, loaded = residency(stream).held_bytes, stream.loaded_size()
         executor = Executor(stream.model, 1)
         assert same(wrapper(executor, x), expected)
         assert executor.calls == 2
-        left = residency(stream).arena_bytes
+        left = residency(stream).held_bytes
         assert left <= held // 2 + 1
         assert stream.loaded_size() == loaded - (held - left)
         with pytest.raises(torch.OutOfMemoryError):
             wrapper(Executor(stream.model, 2), x)
-        while residency(stream).arena_bytes:
+        while residency(stream).held_bytes:
             assert same(wrapper(Executor(stream.model, 1), x), expected)
         with pytest.raises(torch.OutOfMemoryError):
             wrapper(Executor(stream.model, 1), x)

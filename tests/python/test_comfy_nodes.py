@@ -323,7 +323,7 @@ def test_cleanup(use_comfy_clear: bool) -> None:
     sample(made)
     thing = object()
     assert DGLSCleanup.execute(thing, use_comfy_clear=use_comfy_clear).args == (thing,)
-    assert residency(made).arena_bytes == 0
+    assert residency(made).held_bytes == 0
     assert (made.loaded_size() == 0) == use_comfy_clear
     assert torch.equal(sample(made), sample(patcher()))
 

@@ -183,7 +183,7 @@ def test_accounting_says_what_is_held() -> None:
     assert stream.model_size() <= wanted.vram_bytes < total
     assert stream.loaded_size() == 0
     sample(stream)
-    held = residency(stream).arena_bytes
+    held = residency(stream).held_bytes
     assert 0 < held <= wanted.vram_bytes
     assert held < stream.loaded_size() <= wanted.vram_bytes
     # Else ComfyUI would make room for the difference before every run.
@@ -199,11 +199,11 @@ def test_memory_asked_back_is_given(share: float) -> None:
     expected = sample(patcher())
     stream = streamed(model, 0.9)
     sample(stream)
-    loaded, held = stream.loaded_size(), residency(stream).arena_bytes
+    loaded, held = stream.loaded_size(), residency(stream).held_bytes
     freed = stream.partially_unload(CPU, int(share * held))
     assert freed >= min(share, 1) * held
     assert stream.loaded_size() == loaded - freed
-    assert residency(stream).arena_bytes == held - freed
+    assert residency(stream).held_bytes == held - freed
     assert same(sample(stream), expected)
 
 
@@ -212,11 +212,11 @@ def test_small_requests_in_a_row_make_one_plan() -> None:
     stream = streamed(patcher(), 0.9)
     sample(stream)
     plan: Any = residency(stream).stream.plan  # type: ignore[union-attr]
-    held = residency(stream).arena_bytes
+    held = residency(stream).held_bytes
     total = plan.outside_bytes + plan.block_bytes
     freed = stream.partially_unload(CPU, 1000)
     assert total // 16 <= freed < held
-    assert residency(stream).arena_bytes == held - freed
+    assert residency(stream).held_bytes == held - freed
     assert same(sample(stream), sample(patcher()))
     # Down to the least, but not further than that for the sake of a step.
     least = plan.least_vram_bytes
@@ -239,7 +239,7 @@ def test_memory_is_given_back_in_the_middle_of_a_run() -> None:
         mm.load_models_gpu([stream])
         stream.pre_run()
         assert same(model.model.diffusion_model(x), expected)
-        stream.partially_unload(CPU, residency(stream).arena_bytes // 2)
+        stream.partially_unload(CPU, residency(stream).held_bytes // 2)
         assert same(model.model.diffusion_model(x), expected)
         stream.partially_unload(CPU, 1 << 40)
         assert residency(stream).stream is None

@@ -62,7 +62,7 @@ assert locked() > 1 << 20
 assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
 assert same(sample(stream), expected)
 assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
-stream.partially_unload(CPU, residency(stream).arena_bytes // 4)
+stream.partially_unload(CPU, residency(stream).held_bytes // 4)
 assert locked() > 1 << 20
 assert counted(1000), (mm.TOTAL_PINNED_MEMORY, locked())
 free_all()
@@ -137,6 +137,11 @@ for _ in range(30):
         break
 else:
     raise AssertionError(report)
+plan = residency(made).stream.plan
+assert plan.decode_bytes == 32 << 20
+assert "(32.00 MiB of them to decode from)" in str(plan)
+others = sizes_of(made.model, Settings()).outside_bytes
+assert made.loaded_size() == others + plan.arena_bytes + plan.decode_bytes
 held = lambda: residency(made).stream.report().encoded_held_bytes
 for _ in range(30):  # until nothing is being encoded
     before = held()

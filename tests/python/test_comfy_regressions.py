@@ -218,9 +218,9 @@ def test_device_memory_is_given_back_at_unload() -> None:
     """The original: its slots stayed, unknown to ComfyUI."""
     model = swapped(patcher())
     sample(model)
-    assert residency(model).arena_bytes > 0
+    assert residency(model).held_bytes > 0
     free_all()
-    assert residency(model).arena_bytes == 0
+    assert residency(model).held_bytes == 0
     assert model.loaded_size() == 0
 
 

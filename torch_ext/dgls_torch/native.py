@@ -332,6 +332,7 @@ class Engine:
             streamed_bytes=streamed,
             least_vram_bytes=layout.least_bytes,
             blocks=tuple(BlockPlan(layout.names[b], kept[b], moved[b]) for b in order),
+            decode_bytes=layout.decode_bytes,
         )
 
     def report(self) -> Report:

@@ -45,6 +45,7 @@ class Plan:
         streamed_bytes: Bytes copied in each pass.
         least_vram_bytes: The smallest budget with which this model runs.
         blocks: One entry for each block, in order of first use.
+        decode_bytes: What of ``outside_bytes`` encoded weights are decoded from.
     """
 
     device: str
@@ -57,6 +58,7 @@ class Plan:
     streamed_bytes: int
     least_vram_bytes: int
     blocks: tuple[BlockPlan, ...]
+    decode_bytes: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -66,10 +68,13 @@ class Plan:
     def __str__(self) -> str:
         """The plan as a table; neighbours of one size share a row."""
         used = self.outside_bytes + self.arena_bytes
+        buffer = ""
+        if self.decode_bytes:
+            buffer = f" ({format_bytes(self.decode_bytes)} of them to decode from)"
         lines = [
             f"plan for {format_bytes(self.vram_bytes)} on {self.device}: "
             f"{format_bytes(used)} used, {format_bytes(self.least_vram_bytes)} would do",
-            f"  outside of blocks {format_bytes(self.outside_bytes)}, "
+            f"  outside of blocks {format_bytes(self.outside_bytes)}{buffer}, "
             f"blocks {format_bytes(self.block_bytes)}, of which streamed in each pass "
             f"{format_bytes(self.streamed_bytes)}",
         ]

@@ -33,9 +33,9 @@ def with_room(executor: Any, *arguments: Any, **fields: Any) -> Any:
 
 
 def _make_room(model: Any) -> int:
-    """Gives back half of the arena, or all of it where half is too little to go on with."""
+    """Gives back half of what the engine holds, or all of it where half is too little."""
     residency = Residency.of(model)
-    held = residency.arena_bytes
+    held = residency.held_bytes
     freed = residency.shrink(held // 2) if held else 0
     model.model_loaded_weight_memory = max(0, model.model_loaded_weight_memory - freed)
     return freed

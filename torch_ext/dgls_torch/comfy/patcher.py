@@ -233,7 +233,7 @@ class StreamPatcher(ModelPatcher):  # type: ignore[misc]
             residency.passed_by = f"not even {format_bytes(vram)} are free on {device}"
             log.warning("DGLS: %s runs from host memory: %s", self._name(), residency.passed_by)
             return
-        self.model.model_loaded_weight_memory += residency.arena_bytes
+        self.model.model_loaded_weight_memory += residency.held_bytes
         self._tell(f"streaming {self._name()}: {stream.plan}")
 
     @contextlib.contextmanager

@@ -57,7 +57,7 @@ def report_data(name: str, residency: Residency) -> dict[str, Any]:
 def _summary(plan: Plan, report: Report) -> str:
     kept = plan.arena_bytes - plan.ring_bytes
     parts = [
-        f"{format_bytes(plan.outside_bytes + kept)} resident",
+        f"{format_bytes(plan.outside_bytes - plan.decode_bytes + kept)} resident",
         f"{format_bytes(plan.streamed_bytes)} streamed in each pass",
     ]
     if report.encoded_bytes_total:

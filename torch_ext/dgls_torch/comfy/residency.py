@@ -67,9 +67,12 @@ class Residency:
         return Residency()
 
     @property
-    def arena_bytes(self) -> int:
-        """Device bytes of blocks that are held, in use or not."""
-        return self.stream.plan.arena_bytes if self.stream is not None else 0
+    def held_bytes(self) -> int:
+        """Device bytes that the engine holds: of blocks, and to decode them from."""
+        if self.stream is None:
+            return 0
+        plan = self.stream.plan
+        return plan.arena_bytes + plan.decode_bytes
 
     def attached(self, *arguments: Any) -> bool:
         """As `attach`; tells whether the device had room."""
@@ -148,8 +151,8 @@ class Residency:
         stream = self.stream
         if stream is None:
             return 0
-        held, plan = self.arena_bytes, stream.plan
-        used = min(plan.vram_bytes, plan.outside_bytes + held)
+        held, plan = self.held_bytes, stream.plan
+        used = min(plan.vram_bytes, plan.outside_bytes + plan.arena_bytes)
         least, step = plan.least_vram_bytes, (plan.outside_bytes + plan.block_bytes) // _STEPS
         if used - wanted_bytes >= least:
             # Another plan costs the same however little it gives; ComfyUI may ask again at once.
@@ -157,14 +160,14 @@ class Residency:
             self.pins.tell(stream)
         else:
             self.release()
-        return held - self.arena_bytes
+        return held - self.held_bytes
 
     def release(self) -> int:
         """Detaches the stream; the masters are bound and the arena is freed. Returns its bytes."""
+        held = self.held_bytes
         stream, self.stream = self.stream, None
         if stream is None:
             return 0
-        held = stream.plan.arena_bytes
         try:
             stream.detach()
         finally:
