@@ -10,6 +10,7 @@
 //! it is as it was, until the compute is another.
 
 use super::tuner::moved;
+use super::usual::Last;
 use crate::engine::copying::EIGHTHS;
 use crate::units::{index, narrow, whole};
 
@@ -59,9 +60,8 @@ pub(in crate::engine) struct Balance {
     otherwise: usize,
     is_more: bool,
     next: u32,
-    /// Seconds of the last passes with as much encoded as now, and how many are known.
-    times: [f64; IN_A_ROW],
-    known: usize,
+    /// The last passes with as much encoded as now.
+    passes: Last<IN_A_ROW>,
     /// There is more encoded since a while ago, and it is not known yet what came of it.
     trial: Option<Trial>,
     /// More than so many eighths took longer, when the compute took so many seconds.
@@ -89,15 +89,13 @@ impl Balance {
         if self.trial.is_some() && !pass.is_settled {
             return;
         }
-        self.times.rotate_right(1);
-        self.times[0] = pass.pass_s;
-        self.known = (self.known + 1).min(IN_A_ROW);
+        self.passes.note(pass.pass_s);
         if let Some(trial) = self.trial {
-            if self.known < IN_A_ROW {
+            if self.passes.known().len() < IN_A_ROW {
                 return;
             }
             self.trial = None;
-            if self.usual_s() > (1.0 + LONGER) * trial.pass_s {
+            if self.passes.usual_s() > (1.0 + LONGER) * trial.pass_s {
                 self.most = Some((trial.eighths, trial.compute_s));
                 self.change_to(trial.eighths);
                 return;
@@ -120,21 +118,16 @@ impl Balance {
         self.otherwise += 1;
         self.next = if is_more { self.next.min(least) } else { self.next.max(least) };
         if self.otherwise == IN_A_ROW {
-            let (eighths, pass_s, compute_s) = (self.eighths, self.usual_s(), pass.compute_s);
+            let (eighths, pass_s, compute_s) =
+                (self.eighths, self.passes.usual_s(), pass.compute_s);
             self.trial = is_more.then_some(Trial { eighths, pass_s, compute_s });
             self.change_to(self.next);
         }
     }
 
     fn change_to(&mut self, eighths: u32) {
-        (self.eighths, self.otherwise, self.known) = (eighths, 0, 0);
-    }
-
-    /// The median of the last [`IN_A_ROW`] passes.
-    fn usual_s(&self) -> f64 {
-        let mut ordered = self.times;
-        ordered.sort_unstable_by(f64::total_cmp);
-        ordered[IN_A_ROW / 2]
+        (self.eighths, self.otherwise) = (eighths, 0);
+        self.passes.forget();
     }
 }
 

@@ -16,7 +16,7 @@
 //! passes the median of the last five counts: with their mean a few pauses made the link look idle
 //! for longer than any plan could save.
 
-use super::usual::{Outside, Watched};
+use super::usual::{Last, Watched};
 use crate::plan::{Link, Times};
 use crate::units::real;
 
@@ -74,7 +74,8 @@ pub enum News {
 #[derive(Debug, Default)]
 pub struct Tuner {
     compute_s: Vec<f64>,
-    outside: Outside,
+    /// What lies between the last passes.
+    outside: Last<5>,
     bytes_per_s: Option<f64>,
     passes: u64,
     /// Measurements in the estimates of compute and of the rate: since the last change.

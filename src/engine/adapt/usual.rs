@@ -5,22 +5,36 @@
 const UNREST: u8 = 2;
 const CALM: u8 = 6;
 
-/// What lies between the last passes. Their median counts, not their mean: a pause of the caller's
-/// says nothing of the passes that follow without one.
-#[derive(Debug, Default)]
-pub(super) struct Outside {
-    seconds: [f64; 5],
+/// The last `N` of some times, the newest first.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Last<const N: usize> {
+    seconds: [f64; N],
     known: usize,
 }
 
-impl Outside {
+impl<const N: usize> Default for Last<N> {
+    fn default() -> Self {
+        Self { seconds: [0.0; N], known: 0 }
+    }
+}
+
+impl<const N: usize> Last<N> {
     pub(super) fn note(&mut self, seconds: f64) {
         self.seconds.rotate_right(1);
         self.seconds[0] = seconds;
-        self.known = (self.known + 1).min(self.seconds.len());
+        self.known = (self.known + 1).min(N);
     }
 
-    /// Seconds; of two in the middle the shorter.
+    pub(super) fn forget(&mut self) {
+        self.known = 0;
+    }
+
+    pub(super) fn known(&self) -> &[f64] {
+        &self.seconds[..self.known]
+    }
+
+    /// The median, not the mean: one pause says nothing of the passes that follow without one.
+    /// Seconds; of two in the middle the shorter, 0 where nothing is known.
     pub(super) fn usual_s(&self) -> f64 {
         let mut ordered = self.seconds;
         let known = &mut ordered[..self.known];
@@ -34,8 +48,7 @@ impl Outside {
 /// tells; but what changes for good is told there too.
 #[derive(Debug, Default)]
 pub(super) struct Watched {
-    seconds: [f64; 8],
-    known: usize,
+    last: Last<8>,
     unrest: u8,
 }
 
@@ -48,7 +61,7 @@ impl Watched {
     /// By what share of the nearest usual time `seconds` is beyond all of them, if by more than
     /// `least`.
     pub(super) fn news(&mut self, seconds: f64, least: f64) -> Option<f64> {
-        let usual = self.seconds[..self.known].iter();
+        let usual = self.last.known().iter();
         let beyond = |side: f64| {
             let shares = usual.clone().map(|&known| side * (seconds / known - 1.0));
             shares.min_by(f64::total_cmp).filter(|&share| share > least)
@@ -60,11 +73,9 @@ impl Watched {
             self.unrest.saturating_sub(1)
         };
         if news.is_some() && !self.is_restless() {
-            self.known = 0;
+            self.last.forget();
         }
-        self.seconds.rotate_right(1);
-        self.seconds[0] = seconds;
-        self.known = (self.known + 1).min(self.seconds.len());
+        self.last.note(seconds);
         news
     }
 }
