@@ -225,19 +225,15 @@ class DGLSStream(io.ComfyNode):  # type: ignore[misc]
                 io.String.Input(
                     "vram", default="auto", optional=True, tooltip=tooltips.STREAM["vram"]
                 ),
-                io.Combo.Input(
-                    "unit",
-                    options=list(UNITS),
-                    default=UNITS[0],
-                    optional=True,
-                    tooltip=tooltips.STREAM["unit"],
-                ),
-                io.Combo.Input(
-                    "compress",
-                    options=list(_COMPRESS),
-                    default=_COMPRESS[0],
-                    optional=True,
-                    tooltip=tooltips.STREAM["compress"],
+                *(
+                    io.Combo.Input(
+                        name,
+                        options=list(words),
+                        default=words[0],
+                        optional=True,
+                        tooltip=tooltips.STREAM[name],
+                    )
+                    for name, words in (("unit", UNITS), ("compress", _COMPRESS))
                 ),
             ],
             outputs=[io.Model.Output("MODEL", display_name="model")],
