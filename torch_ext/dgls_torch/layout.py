@@ -19,7 +19,7 @@ from dgls_torch.units import format_bytes
 from dgls_torch.weights import Weight, block_weights, check_on_host, parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from torch import nn
@@ -161,10 +161,7 @@ class Layout:
 
     def _least_of_blocks(self, resident: Iterable[int | str]) -> tuple[int, int]:
         """Bytes of blocks that are to stay, and of the largest other one."""
-        sizes, chosen = self.block_bytes, set(self.chosen(resident))
-        stay = sum(sizes[block] for block in chosen)
-        others = [size for block, size in enumerate(sizes) if block not in chosen]
-        return stay, max(others, default=0)
+        return least_of_blocks(self.block_bytes, self.chosen(resident))
 
     def is_current(self) -> bool:
         """Whether the blocks still hold the weights that the engine knows."""
@@ -216,6 +213,14 @@ class Layout:
         Without ``bring`` the device is not asked for changes: in a fork it is not ours.
         """
         self._placement.restore(bring=bring)
+
+
+def least_of_blocks(sizes: Sequence[int], resident: Iterable[int]) -> tuple[int, int]:
+    """Bytes of the blocks that are to stay, of blocks of these sizes, and of the largest other."""
+    chosen = set(resident)
+    stay = sum(size for block, size in enumerate(sizes) if block in chosen)
+    others = [size for block, size in enumerate(sizes) if block not in chosen]
+    return stay, max(others, default=0)
 
 
 def aligned(size: int) -> int:

@@ -15,9 +15,9 @@ from dgls_torch.config import COMPRESS, UNITS, StreamConfig
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.header import json_object
 from dgls_torch.planner.chart import plot
-from dgls_torch.planner.encoded import Encoded, encoded_of, with_encoded
+from dgls_torch.planner.encoded import Encoded, inputs_of
 from dgls_torch.planner.forecast import Forecast, check_room, forecast
-from dgls_torch.planner.form import DoesNotFit, Inputs, make_inputs
+from dgls_torch.planner.form import DoesNotFit, Inputs
 from dgls_torch.planner.modules import LATENCY_S
 from dgls_torch.planner.sizes import ModelSizes, sizes_of
 from dgls_torch.planner.skeleton import checkpoint
@@ -185,10 +185,7 @@ def _inputs_of_model(
         raise ValueError("--tokens needs --tflops: without it no compute time is known")
     options = _options(arguments)
     compress = _word(arguments.compress, "--compress", COMPRESS)
-    encoded = encoded_of(sizes, compress, vram_bytes, options.get("resident"))
-    outside, used = with_encoded(sizes.outside_bytes, rate, encoded)
-    inputs = make_inputs(sizes, vram_bytes - outside, seconds, used, latency_s, **options)
-    return inputs, outside, encoded
+    return inputs_of(sizes, vram_bytes, seconds, rate, latency_s, compress, **options)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dgls_torch.encoding import BUFFER_LEAST, SHARE, decoder_bytes
+from dgls_torch.layout import least_of_blocks
+from dgls_torch.planner.form import make_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dgls_torch.planner.form import Inputs
     from dgls_torch.planner.sizes import ModelSizes
 
 HIDES = 0.93
@@ -35,7 +38,7 @@ class Encoded:
         return round(streamed_bytes * SHARE * (1 - self.share) / (1 - SHARE))
 
 
-def encoded_of(
+def _encoded_of(
     sizes: ModelSizes, compress: str, vram_bytes: int, resident: Sequence[int] | None = None
 ) -> Encoded | None:
     """What ``compress`` does on a GPU with a budget; ``None`` where it does nothing.
@@ -49,9 +52,7 @@ def encoded_of(
     if compress == "off" or sizes.encodable_bytes == 0:
         return None
     blocks = [sum(block.tensor_bytes) for block in sizes.blocks]
-    stay = {number for number in resident or () if 0 <= number < len(blocks)}
-    others = [size for number, size in enumerate(blocks) if number not in stay]
-    needed = sizes.outside_bytes + sum(blocks[number] for number in stay) + max(others, default=0)
+    needed = sizes.outside_bytes + sum(least_of_blocks(blocks, resident or ()))
     buffer_bytes = decoder_bytes(compress, vram_bytes, needed)
     if buffer_bytes == 0:
         return None
@@ -59,10 +60,26 @@ def encoded_of(
     return Encoded(share, buffer_bytes, 0 if compress == "auto" else BUFFER_LEAST)
 
 
-def with_encoded(
-    outside_bytes: int, bytes_per_s: float, encoded: Encoded | None
-) -> tuple[int, float]:
-    """Bytes outside of blocks with the buffer, and the rate of weights as they are used."""
-    if encoded is None:
-        return outside_bytes, bytes_per_s
-    return outside_bytes + encoded.buffer_bytes, bytes_per_s / encoded.share
+def inputs_of(
+    sizes: ModelSizes,
+    vram_bytes: int,
+    compute_s: Sequence[float],
+    h2d_bytes_per_s: float,
+    copy_latency_s: float,
+    compress: str,
+    **options: Any,
+) -> tuple[Inputs, int, Encoded | None]:
+    """A model in the planner's form within a budget for all its weights, as `make_inputs`.
+
+    Returns:
+        The inputs, with the rate of weights as they are used; bytes outside of blocks, with what
+        is decoded from; and what goes encoded.
+    """
+    encoded = _encoded_of(sizes, compress, vram_bytes, options.get("resident"))
+    outside_bytes = sizes.outside_bytes
+    if encoded is not None:
+        outside_bytes += encoded.buffer_bytes
+        h2d_bytes_per_s /= encoded.share
+    room = vram_bytes - outside_bytes
+    inputs = make_inputs(sizes, room, compute_s, h2d_bytes_per_s, copy_latency_s, **options)
+    return inputs, outside_bytes, encoded

@@ -11,9 +11,8 @@ from torch import nn
 from dgls_torch.blocks import budget_shares, compute_device, models_of
 from dgls_torch.config import StreamConfig
 from dgls_torch.memory import auto_vram_bytes
-from dgls_torch.planner.encoded import encoded_of, with_encoded
+from dgls_torch.planner.encoded import inputs_of
 from dgls_torch.planner.forecast import Forecast, forecast
-from dgls_torch.planner.form import make_inputs
 from dgls_torch.planner.sizes import sizes_of
 from dgls_torch.units import MIB, parse_rate, parse_seconds
 
@@ -121,9 +120,9 @@ def plan(
         sizes = sizes_of(part, own)
         budget = own.vram_bytes or auto_vram_bytes(_device(own))
         seconds = _compute_s(compute_s, sizes)
-        encoded = encoded_of(sizes, own.compress, budget, resident)
-        outside, used = with_encoded(sizes.outside_bytes, rate, encoded)
-        inputs = make_inputs(sizes, budget - outside, seconds, used, latency_s, **options)
+        inputs, outside, encoded = inputs_of(
+            sizes, budget, seconds, rate, latency_s, own.compress, **options
+        )
         names = [block.name for block in sizes.blocks]
         found[name] = forecast(inputs, outside, names, encoded)
     return found if len(models) > 1 else found[models[0][0]]
