@@ -32,12 +32,12 @@ class Check:
 
     always: tuple[str, ...]
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, more: tuple[str, ...] = ()) -> None:
         self.comfyui, self.python = options.comfyui.resolve(), options.python
         self.work, self.jobs = options.work.resolve(), options.jobs
         self.rounds = options.rounds
         self.device, self.always = "cpu", ()
-        self.entries = steps.tiny_models(self.comfyui, self.python, self.work)
+        self.entries = steps.tiny_models(self.comfyui, self.python, self.work, more)
         self.names = options.models.split(",") if options.models else list(self.entries)
         self.results: dict[str, Found] = {}
 

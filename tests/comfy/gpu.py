@@ -2,7 +2,8 @@
 
 A few tiny models, in servers with ComfyUI's dynamic VRAM and without: streamed at 25, 50 and 75 %
 of their weights and with LoRAs, each compared bit for bit with servers that never had the pack;
-then what users do to a running server; then flags that keep models on the GPU. Guidance is off, as
+then what users do to a running server, and weights of a larger model that go encoded; then flags
+that keep models on the GPU. Guidance is off, as
 ComfyUI decides by free memory whether it batches both halves. Parts may run one after the other
 with ``--only``: the page holds what ``gpu.json`` in the folder ``--work`` has.
 """
@@ -20,6 +21,7 @@ import check as cpu
 from markdown import as_markdown, said, state_of_the_code
 from others import Others
 from scenarios import run_scenarios
+from specs import WIDE
 from steps import TOLD
 from ways import Way
 from workflows import reported, sampled
@@ -32,7 +34,7 @@ WAYS = [
 ]
 STORIES = [
     *("interrupt", "free", "high_and_low", "one_file_twice", "lora_strength", "fits"),
-    *("original_nodes", "cleanup", "weight_hooks", "gguf", "multigpu"),
+    *("original_nodes", "cleanup", "weight_hooks", "gguf", "multigpu", "encoded"),
 ]
 KEPT = ("--gpu-only", "--highvram")
 
@@ -55,7 +57,7 @@ def kept_on_the_gpu(check: cpu.Check) -> dict[str, str]:
 def main() -> int:
     options, began, commit = cpu.parsed(), time.monotonic(), state_of_the_code()
     options.models, options.jobs = options.models or ",".join(MODELS), 1
-    check = cpu.Check(options)
+    check = cpu.Check(options, tuple(WIDE))
     check.device, check.rounds = "cuda", 1
     if importlib.util.find_spec("comfyui_frontend_package") is None:  # it takes much to carry
         front = check.work / "front"

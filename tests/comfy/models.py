@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from specs import SPECS
+from specs import SPECS, WIDE
 
 SAMPLER = {
     **{"steps": 2, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"},
@@ -116,7 +116,7 @@ def write(name: str, models: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    spec = SPECS[name]
+    spec = (SPECS | WIDE)[name]
     with torch.no_grad():
         weights = {k: _weight(k, v) for k, v in _network(spec).state_dict().items()}
     half = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in weights.items()}

@@ -104,6 +104,17 @@ class Others(Scenarios):
             for chain in ([patch, half], [half, patch]):
                 self.streams(reported(sampled(entry, *chain, steps=4)), expected)
 
+    def encoded(self) -> None:
+        """Copies take longer than a GPU computes: weights go encoded once steps have shown it."""
+        wide = self.entries["flux_wide"]
+        expected = self.latent(sampled(wide, steps=_MANY))
+        for unit in ("block", "layer"):
+            streamed = self.share(wide, 0.35, unit=unit, compress="auto")
+            outputs = self.server.run(reported(sampled(wide, streamed, steps=_MANY)))
+            assert compared(expected, outputs["save"]) == "yes", f"by {unit}s"
+            text = outputs["report"]["text"][0]
+            assert "of their size on the link" in text, f"by {unit}s: {text}"
+
     def streams(self, workflow: dict[str, Any], expected: torch.Tensor) -> None:
         """The workflow's latent is as expected, and its model was streamed."""
         outputs = self.server.run(workflow)
@@ -123,6 +134,7 @@ class Others(Scenarios):
         assert len(text.strip().splitlines()) == 1, text
 
 
+_MANY = 150
 _EASY = {
     **{"reuse_threshold": 0.2, "start_percent": 0.0, "end_percent": 1.0, "verbose": False},
 }

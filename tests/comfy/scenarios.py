@@ -30,9 +30,9 @@ class Scenarios:
         self.half = self.share(self.wan, 0.55)
         self.plain = latent(server, sampled(self.wan))
 
-    def share(self, entry: dict[str, Any], share: float) -> dict[str, Any]:
+    def share(self, entry: dict[str, Any], share: float, **inputs: str) -> dict[str, Any]:
         """A streaming node with so much of a model's weights."""
-        return stream(f"{entry['numbers'] * self.number_bytes * share:.0f}")
+        return stream(f"{entry['numbers'] * self.number_bytes * share:.0f}", **inputs)
 
     def same(self, workflow: dict[str, Any]) -> None:
         found = compared(self.plain, latent(self.server, workflow))

@@ -267,3 +267,15 @@ SPECS: dict[str, dict[str, Any]] = {
         "blocks": r"(double|single)_stream_blocks\.",
     },
 }
+
+_FLUX = SPECS["flux"]
+WIDE: dict[str, dict[str, Any]] = {
+    # For a GPU: 1.4 GB whose copies take longer than a step computes.
+    "flux_wide": {
+        **{key: value for key, value in _FLUX.items() if key != "fp8"},
+        "build": {
+            **_FLUX["build"],
+            **{"hidden_size": 2048, "num_heads": 16, "depth": 2, "depth_single_blocks": 6},
+        },
+    },
+}

@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specs import SPECS
+
 if TYPE_CHECKING:
     from check import Check
 
@@ -22,14 +24,19 @@ PARTS = ("contract", "networks", "models", "scenarios", "browser")
 TOLD = {"left out"}
 
 
-def tiny_models(comfyui: Path, python: str, work: Path) -> dict[str, Any]:
-    """Writes the tiny models where they are not there or were made from other specs."""
+def tiny_models(
+    comfyui: Path, python: str, work: Path, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Writes the tiny models, and ``more``, where they are not there or were made otherwise."""
     models = work / "models"
     sources = [HERE / name for name in ("specs.py", "models.py")]
-    made_of = hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()
+    words = " ".join(more).encode()
+    made_of = hashlib.sha256(b"".join([*(s.read_bytes() for s in sources), words])).hexdigest()
     mark = models / "made_of"
     if not mark.exists() or mark.read_text() != made_of:
-        subprocess.run([python, str(HERE / "models.py"), str(comfyui), str(models)], check=True)
+        names = [*SPECS, *more]
+        command = [python, str(HERE / "models.py"), str(comfyui), str(models), *names]
+        subprocess.run(command, check=True)
         mark.write_text(made_of)
     return dict(json.loads((models / "manifest.json").read_text()))
 
