@@ -7,6 +7,7 @@ Method: hooks and fixtures of pytest.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -49,6 +50,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get(variable, "0") not in ("", "0"):
             pytest.fail(f"needs {what}, and {variable} is set", pytrace=False)
         pytest.skip(f"NOT TESTED: needs {what}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays() -> None:
+    """Objects of before are looked at by no collection of this module: a third of a second each.
+
+    They are most of all torch's compiler, once a test has imported it, and many tests collect.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
