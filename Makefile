@@ -13,6 +13,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
+# Some images set it: then each of some hundred processes compiles all that it imports of torch anew,
+# seven seconds instead of two, as nothing is compiled when it is installed.
+unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
 VENVS ?= .venv
