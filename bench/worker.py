@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from bench.measure import Timing
 
 _SLACK_LEAST = 256 << 20
+_LATE_S = 45.0
+"""A cell may end so long after the deadline. The process is killed a minute after it."""
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Worker:
         self._beside = Beside(job.beside, job.device)
         self._path = weights.make(job.bed.workload, job.folder, job.device)
         self.base_bytes: int | None = None
+        self._longest_s = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes a result at once."""
@@ -184,16 +187,20 @@ class Worker:
     def _capped(self, budget: int, points: list[Point], is_on: bool) -> list[Point]:
         """Measures points until one fails; returns those that another try may still measure."""
         left, attached = list(points), None
+        if not self._has_time():
+            return left
         try:
             self._cap(budget, left[0], is_on)
             attached, stack, took = self.attach(budget)
-            while left and time.time() < self.job.deadline:
+            while left and self._has_time():
+                begun = time.time()
                 self._cap(budget, left[0], is_on)
                 row = self._row(budget, left[0]) | {"setup_s": took, "capped": is_on}
                 is_first = len(left) == len(points)
                 row |= self._measure(attached, stack, budget, left[0], is_first)
                 self.write(row | self._optimum(stack, budget, left[0], row))
                 left.pop(0)
+                self._longest_s = max(self._longest_s, time.time() - begun)
         except Exception as error:
             traceback.print_exc()
             if not is_on or "out of memory" not in str(error):
@@ -204,6 +211,10 @@ class Worker:
             if attached is not None:
                 attached.close()
         return left
+
+    def _has_time(self) -> bool:
+        """Whether another cell may begin: one that is killed would be no result at all."""
+        return time.time() + max(0.0, self._longest_s - _LATE_S) < self.job.deadline
 
     def _optimum(
         self, stack: Any, budget: int, point: Point, row: dict[str, Any]

@@ -11,20 +11,20 @@ import io
 import json
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from bench_jobs import BED, CPU, POINTS, job
 
-from bench import details, measure, weights
+from bench import details, measure, weights, worker
 from bench.engines import Attached, Engine, Setup
 from bench.measure import Effort
 from bench.worker import Worker
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 
 class Odd(Engine):
@@ -183,3 +183,21 @@ def test_a_watch_tells_gaps_of_torchs_allocator_from_memory_in_use(
     with watch.open():
         peaks.update(reserved=50, allocated=35)
     assert watch.gaps_bytes == 15, "the peaks of before do not count"
+
+
+@pytest.mark.parametrize(("takes_s", "measured"), [(45.0, 3), (110.0, 1)])
+def test_no_cell_begins_that_would_end_too_late(
+    takes_s: float, measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is killed leaves nothing, and engines whose cells take long would lose the last."""
+    now, true = [time.time()], Worker._measure
+
+    def slow(self: Worker, *arguments: Any) -> dict[str, Any]:
+        now[0] += takes_s
+        return true(self, *arguments)
+
+    monkeypatch.setattr(Worker, "_measure", slow)
+    clock = SimpleNamespace(time=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(worker, "time", clock)
+    found = [row["status"] for row in rows(tmp_path, [], seconds=120)]
+    assert found == ["ok"] * measured + ["skipped"] * (4 - measured)
