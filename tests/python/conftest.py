@@ -53,13 +53,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_is_there_stays() -> None:
-    """Objects of before are looked at by no collection of this module: a third of a second each.
+def _what_is_there_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In ComfyUI's modules no collection looks at objects of before: a third of a second each.
 
-    They are most of all torch's compiler, once a test has imported it, and many tests collect.
+    They are most of all torch's compiler, once a test has imported it, and nodes collect often.
     """
+    if not request.module.__name__.startswith("test_comfy"):
+        yield
+        return
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
