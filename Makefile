@@ -14,7 +14,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 # Some images set it: then each of some hundred processes compiles all that it imports of torch anew,
-# seven seconds instead of two, as nothing is compiled when it is installed.
+# seven seconds instead of three, as nothing is compiled when it is installed.
 unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
