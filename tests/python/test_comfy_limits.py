@@ -6,6 +6,7 @@ Method: each trouble on a small network; afterwards streamed and plain runs are 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ import dgls_torch
 from dgls_torch.comfy.attach import NotStreamableError, stream_model
 from dgls_torch.comfy.residency import sizes_of
 from dgls_torch.comfy.settings import Settings
+from dgls_torch.native import Engine
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +162,18 @@ class Executor:
 
 def _full(*_: Any) -> None:
     raise torch.OutOfMemoryError("full")
+
+
+def test_a_plan_that_takes_less_of_the_arena_gives_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one may that passes have shown to be better."""
+    stream = streamed(patcher(), 0.5)
+    sample(stream)
+    held, plan = residency(stream).held_bytes, residency(stream).stream.plan  # type: ignore[union-attr]
+    less = replace(plan, arena_bytes=plan.arena_bytes // 2)
+    monkeypatch.setattr(Engine, "plan", lambda _: less)
+    assert residency(stream).held_bytes == held > less.arena_bytes
 
 
 def _nothing(*_: Any) -> None:

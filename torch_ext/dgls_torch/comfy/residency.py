@@ -68,11 +68,15 @@ class Residency:
 
     @property
     def held_bytes(self) -> int:
-        """Device bytes that the engine holds: of blocks, and to decode them from."""
+        """Device bytes that the engine holds: of blocks, and to decode them from.
+
+        A plan that was adopted later may use less of the arena; it is held all the same.
+        """
         if self.stream is None:
             return 0
-        plan = self.stream.plan
-        return plan.arena_bytes + plan.decode_bytes
+        engine, plan = self.stream._engine, self.stream.plan
+        arena = plan.arena_bytes if engine is None else engine.arena_bytes
+        return arena + plan.decode_bytes
 
     def attached(self, *arguments: Any) -> bool:
         """As `attach`; tells whether the device had room."""
