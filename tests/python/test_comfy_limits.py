@@ -170,7 +170,8 @@ def test_a_plan_that_takes_less_of_the_arena_gives_nothing_back(
     """As one may that passes have shown to be better."""
     stream = streamed(patcher(), 0.5)
     sample(stream)
-    held, plan = residency(stream).held_bytes, residency(stream).stream.plan  # type: ignore[union-attr]
+    held = residency(stream).held_bytes
+    plan = residency(stream).stream.plan  # type: ignore[union-attr]
     less = replace(plan, arena_bytes=plan.arena_bytes // 2)
     monkeypatch.setattr(Engine, "plan", lambda _: less)
     assert residency(stream).held_bytes == held > less.arena_bytes
