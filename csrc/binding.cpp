@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(dgls, m) {
       "int faults=0, bool adapt=False, bool manual=False, int[] resident_blocks=[], "
       "int window=-1, int ram_bytes=0, int page_cache_bytes=0, bool verify=False, "
       "str names='', int encode=0, int[] encodable=[], int encoded_bytes=0, "
-      "int locked_bytes=0, Tensor? decode_buffer=None) -> int");
+      "int locked_bytes=0, Tensor? decode_buffer=None, int[] encodable_fp8=[]) -> int");
   m.def("plan_for(int engine, int budget_bytes) -> (int[], int[])");
   m.def("plan_in_force(int engine) -> (int[], int[])");
   m.def("rebuild(int engine, Tensor arena, int budget_bytes) -> ()");

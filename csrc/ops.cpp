@@ -148,7 +148,7 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
                   int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
                   std::string names, int64_t encode, Ints encodable, int64_t encoded_bytes,
-                  int64_t locked_bytes, std::optional<Tensor> decode_buffer) {
+                  int64_t locked_bytes, std::optional<Tensor> decode_buffer, Ints encodable_fp8) {
   check_bytes(arena, "the arena");
   EngineSpec spec;
   spec.device = device_of(arena, driver);
@@ -177,6 +177,7 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   for (std::string name; std::getline(lines, name);)
     spec.names.push_back(rust::String::lossy(name));
   spec.faults = narrow(faults, "faults");
+  spec.encodable_fp8 = blocks_of(encodable_fp8, "encodable_fp8");
   set_decoding(spec, encode, encodable, encoded_bytes, locked_bytes, decode_buffer, arena);
   return add_state(std::make_shared<State>(std::move(arena), std::move(weights),
                                            std::move(decode_buffer), stream_device,

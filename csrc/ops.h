@@ -23,7 +23,7 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
                   std::string driver, int64_t faults, bool adapt, bool manual, Ints resident_blocks,
                   int64_t window, int64_t ram_bytes, int64_t page_cache_bytes, bool verify,
                   std::string names, int64_t encode, Ints encodable, int64_t encoded_bytes,
-                  int64_t locked_bytes, std::optional<Tensor> decode_buffer);
+                  int64_t locked_bytes, std::optional<Tensor> decode_buffer, Ints encodable_fp8);
 
 std::tuple<Ints, Ints> op_plan_for(int64_t engine, int64_t budget_bytes);
 std::tuple<Ints, Ints> op_plan_in_force(int64_t engine);

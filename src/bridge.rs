@@ -53,8 +53,9 @@ mod ffi {
         staging_bytes: u64,
         /// When to encode: 0 never, 1 where copies decide, 2 always.
         encode: u8,
-        /// Numbers of the tensors that may be encoded.
+        /// Numbers of the tensors that may be encoded, of bf16 and of fp8 (e4m3).
         encodable: Vec<u32>,
+        encodable_fp8: Vec<u32>,
         encoded_bytes: u64,
         locked_bytes: u64,
         /// Device memory to decode from; of 0 bytes on the host device.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{ffi, profile_of};
+use crate::codec::Element;
 use crate::driver::cuda::{CudaDevice, CudaOptions};
 use crate::driver::host::files::Files;
 use crate::driver::host::shim::WeightFile;
@@ -57,15 +58,24 @@ fn encode(spec: &ffi::EngineSpec) -> Encode {
     }
 }
 
-/// For each tensor whether it may be encoded.
-fn encodable(spec: &ffi::EngineSpec) -> Result<Vec<bool>> {
-    let mut encodable = vec![false; spec.tensors.len()];
-    for &number in &spec.encodable {
-        let Some(may_be) = encodable.get_mut(index(number)) else {
-            let count = spec.tensors.len();
-            return Err(Error::Invalid(format!("encodable names tensor {number} of {count}")));
-        };
-        *may_be = true;
+/// For each tensor what it may be encoded as.
+fn encodable(spec: &ffi::EngineSpec) -> Result<Vec<Option<Element>>> {
+    let mut encodable = vec![None; spec.tensors.len()];
+    let named = [
+        ("encodable", &spec.encodable, Element::Bf16),
+        ("encodable_fp8", &spec.encodable_fp8, Element::Fp8),
+    ];
+    for (name, numbers, element) in named {
+        for &number in numbers {
+            let Some(found) = encodable.get_mut(index(number)) else {
+                let count = spec.tensors.len();
+                return Err(Error::Invalid(format!("{name} names tensor {number} of {count}")));
+            };
+            if found.replace(element).is_some_and(|other| other != element) {
+                let what = format!("tensor {number} can be one of both: it is in encodable");
+                return Err(Error::Invalid(format!("{what} and in encodable_fp8")));
+            }
+        }
     }
     Ok(encodable)
 }

@@ -1,12 +1,13 @@
 //! Chooses the base of a tile.
 
-use super::Groups;
+use super::{Element, Groups};
 
 /// One group of so many is looked at.
 const SAMPLED: usize = 4;
 
-/// 4 less than the first of the three neighbouring exponents that a sample has most of; at least 0.
-pub(super) fn base(exponents: &Groups) -> u8 {
+/// 4 less than the first of the three neighbouring exponents that a sample has most of; at least 0,
+/// or, of fp8, 16 more where it would be less.
+pub(super) fn base(element: Element, exponents: &Groups) -> u8 {
     // Four counts, as neighbours are often equal and an addition waits for the one before; at most
     // 64 elements are in each.
     let mut parts = [[0_u8; 256]; 4];
@@ -25,7 +26,7 @@ pub(super) fn base(exponents: &Groups) -> u8 {
     }
     let most = threes.iter().copied().fold(0, u16::max);
     let first = threes.iter().zip(0_u8..).find(|(three, _)| **three == most);
-    first.map_or(0, |(_, first)| first.saturating_sub(4))
+    element.base_of(first.map_or(0, |(_, first)| first))
 }
 
 #[cfg(test)]
@@ -37,7 +38,7 @@ mod tests {
         let mut exponents = [[0; 8]; 128];
         let all = exponents.as_flattened_mut().iter_mut();
         all.zip(turns.iter().cycle()).for_each(|(exponent, &turn)| *exponent = turn);
-        base(&exponents)
+        base(Element::Bf16, &exponents)
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Decodes a segment; the inverse of encoding. Reads nothing unchecked.
 
 use super::compress::Moves;
-use super::layout::{ENTRY_BYTES, GROUP_BYTES, HEADER_BYTES, Layout, MAGIC, PLANES_BYTES};
+use super::layout::{ENTRY_BYTES, GROUP_BYTES, HEADER_BYTES, Layout, PLANES_BYTES};
 use super::planes::{Planes, each_place};
-use super::{ELEMENTS, Groups, LANES, MOST_TILES, TILE_BYTES, Words};
+use super::{Element, Groups, LANES, MOST_TILES, Words};
 use crate::units::index;
 
 /// Bytes that are no encoded segment, or not the segment of so many raw bytes.
@@ -12,10 +12,14 @@ use crate::units::index;
 pub enum Malformed {
     /// Raw bytes that no segment can have.
     #[error(
-        "a segment decodes to 1 to {MOST_TILES} tiles of {TILE_BYTES} bytes, found room for \
-         {0} bytes"
+        "a segment decodes to 1 to {MOST_TILES} tiles of {tile} bytes, found room for {found} bytes"
     )]
-    Raw(usize),
+    Raw {
+        /// Raw bytes of a tile.
+        tile: usize,
+        /// The bytes there is room for.
+        found: usize,
+    },
     /// A part is not there as a whole.
     #[error("{part} of an encoded segment: {need} bytes needed, found {found}")]
     Short {
@@ -38,21 +42,22 @@ pub enum Malformed {
     },
 }
 
-/// Decodes exactly one segment to exactly its raw bytes.
+/// Decodes exactly one segment of such elements to exactly its raw bytes.
 ///
 /// # Errors
 ///
 /// [`Malformed`], with anything in `raw`, if the segment contradicts itself or the size of `raw`.
 /// One that does not may still hold other weights than were encoded: there is no checksum.
-pub fn decode(segment: &[u8], raw: &mut [u8]) -> Result<(), Malformed> {
-    let tiles = raw.len() / TILE_BYTES;
-    if raw.len() % TILE_BYTES != 0 || !(1..=MOST_TILES).contains(&tiles) {
-        return Err(Malformed::Raw(raw.len()));
+pub fn decode(element: Element, segment: &[u8], raw: &mut [u8]) -> Result<(), Malformed> {
+    let (tile, found) = (element.tile_bytes(), raw.len());
+    let tiles = found / tile;
+    if found % tile != 0 || !(1..=MOST_TILES).contains(&tiles) {
+        return Err(Malformed::Raw { tile, found });
     }
-    let layout = Layout::new(tiles);
+    let layout = Layout::new(element, tiles);
     let header = part(segment, "header", 0, HEADER_BYTES)?;
     let [magic, found_tiles, second_at, escapes_at] = words::<4>(header).map(index);
-    same("magic number", index(MAGIC), magic)?;
+    same("magic number", index(element.magic()), magic)?;
     same("number of tiles", tiles, found_tiles)?;
     same("offset of the second level", layout.second, second_at)?;
     let signs = part(segment, "signs", HEADER_BYTES, layout.planes)?;
@@ -60,16 +65,16 @@ pub fn decode(segment: &[u8], raw: &mut [u8]) -> Result<(), Malformed> {
     let table = part(segment, "tile table", layout.table, layout.second)?;
     let second = part(segment, "second level", second_at, escapes_at.max(layout.escapes(0)))?;
     let escapes = part(segment, "escapes", escapes_at, segment.len())?;
-    let mut rest = Rest { second, codes: 0, escapes, escaped: 0 };
-    let parts = signs.chunks_exact(ELEMENTS).zip(planes.chunks_exact(PLANES_BYTES));
+    let mut rest = Rest { element, second, codes: 0, escapes, escaped: 0 };
+    let parts = signs.chunks_exact(element.signs_bytes()).zip(planes.chunks_exact(PLANES_BYTES));
     let parts = parts.zip(table.chunks_exact(ENTRY_BYTES));
-    for (raw, ((signs, planes), entry)) in raw.chunks_exact_mut(TILE_BYTES).zip(parts) {
+    for (raw, ((signs, planes), entry)) in raw.chunks_exact_mut(tile).zip(parts) {
         let [rank, base_and_escapes] = words::<2>(entry);
         same("rank of a tile", rest.codes, index(rank))?;
         same("escapes before a tile", rest.escaped, index(base_and_escapes & 0x00ff_ffff))?;
         let base = (base_and_escapes >> 24) as u8;
         let exponents = rest.exponents(planes, base)?;
-        join(signs, &exponents, raw);
+        element.join(signs, exponents.as_flattened(), raw);
     }
     same("offset of the escapes", layout.escapes(rest.codes), escapes_at)?;
     same("size", layout.end(rest.codes, rest.escaped), segment.len())
@@ -103,6 +108,7 @@ pub(super) fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
 
 /// What is read from the start to the end, and how far it is.
 struct Rest<'a> {
+    element: Element,
     second: &'a [u8],
     codes: usize,
     escapes: &'a [u8],
@@ -117,11 +123,11 @@ impl Rest<'_> {
         let mut planes = Planes { first, second: [[0; LANES]; 3] };
         planes.second = self.second(&planes.masks())?;
         let codes = planes.scatter();
-        let mut exponents = codes.first;
+        let (mut exponents, bits) = (codes.first, self.element.exponent_bits());
         let each = exponents.as_flattened_mut().iter_mut().zip(codes.second.as_flattened());
         for (byte, &second) in each {
             let other = if second < 4 { second } else { second + 3 };
-            *byte = base.wrapping_add(if *byte < 3 { *byte + 4 } else { other });
+            *byte = base.wrapping_add(if *byte < 3 { *byte + 4 } else { other }) & bits;
         }
         self.put_escapes(&planes.escaping(), &mut exponents)?;
         Ok(exponents)
@@ -168,20 +174,14 @@ impl Rest<'_> {
     }
 }
 
-/// Writes the elements of a tile.
-fn join(signs: &[u8], exponents: &Groups, raw: &mut [u8]) {
-    let each = raw.chunks_exact_mut(2).zip(signs).zip(exponents.as_flattened());
-    for ((raw, &sign), &exponent) in each {
-        let (sign, exponent) = (u16::from(sign), u16::from(exponent));
-        let value = (sign & 0x80) << 8 | exponent << 7 | sign & 0x7f;
-        raw.copy_from_slice(&value.to_le_bytes());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::tests::{Random, encoded, normal};
     use super::*;
+
+    fn decode(segment: &[u8], raw: &mut [u8]) -> Result<(), Malformed> {
+        super::decode(Element::Bf16, segment, raw)
+    }
 
     /// Weights with escapes, and their segment.
     fn sample() -> (Vec<u8>, Vec<u8>) {
@@ -222,6 +222,19 @@ mod tests {
         let error = decode(&segment, &mut vec![0; 4096]).expect_err("two tiles");
         let (what, need, found) = ("number of tiles", 2, 3);
         assert_eq!(error, Malformed::Differs { what, need, found });
+        let error = decode(&segment, &mut [0; 1024]).expect_err("half a tile").to_string();
+        assert_eq!(
+            error,
+            "a segment decodes to 1 to 8192 tiles of 2048 bytes, found room for 1024 bytes"
+        );
+    }
+
+    #[test]
+    fn weights_of_another_kind_are_refused() {
+        let (raw, segment) = sample();
+        let fp8 = super::decode(Element::Fp8, &segment, &mut vec![0; raw.len() / 2]);
+        let (what, need, found) = ("magic number", 0x3146_4744, 0x3157_4744);
+        assert_eq!(fp8, Err(Malformed::Differs { what, need, found }));
     }
 
     #[test]

@@ -1,35 +1,40 @@
-//! Encodes raw bf16 elements as one segment.
+//! Encodes raw elements as one segment.
 
 use super::base::base;
 use super::compress::Moves;
-use super::layout::{ENTRY_BYTES, HEADER_BYTES, Layout, MAGIC, PLANES_BYTES};
+use super::layout::{ENTRY_BYTES, HEADER_BYTES, Layout, PLANES_BYTES};
 use super::planes::{Codes, Planes, each_place};
-use super::{ELEMENTS, Groups, LANES, MOST_TILES, TILE_BYTES};
+use super::{ELEMENTS, Element, Groups, LANES, MOST_TILES};
 use crate::units::index;
 
-/// Appends the segment of `raw`, little-endian bf16, to `out`, if it is a whole number of tiles
+/// Appends the segment of `raw`, little-endian elements, to `out`, if it is a whole number of tiles
 /// from 1 to [`MOST_TILES`]; appends nothing if not. Returns whether it did.
-pub fn encode(raw: &[u8], out: &mut Vec<u8>) -> bool {
-    let tiles = raw.len() / TILE_BYTES;
-    if raw.len() % TILE_BYTES != 0 || !(1..=MOST_TILES).contains(&tiles) {
+pub fn encode(element: Element, raw: &[u8], out: &mut Vec<u8>) -> bool {
+    let tile_bytes = element.tile_bytes();
+    let tiles = raw.len() / tile_bytes;
+    if raw.len() % tile_bytes != 0 || !(1..=MOST_TILES).contains(&tiles) {
         return false;
     }
-    let layout = Layout::new(tiles);
+    let layout = Layout::new(element, tiles);
     let start = out.len();
     out.resize(start + layout.second, 0);
     let (front, table) = out[start..].split_at_mut(layout.table);
     let (front, planes) = front.split_at_mut(layout.planes);
     let (mut second, mut escapes) = (Second::default(), Vec::new());
     let (mut exponents, mut codes) = ([[0; 8]; ELEMENTS / 8], Codes::ZERO);
-    let parts = front[HEADER_BYTES..].chunks_exact_mut(ELEMENTS);
+    let parts = front[HEADER_BYTES..].chunks_exact_mut(element.signs_bytes());
     let parts = parts.zip(planes.chunks_exact_mut(PLANES_BYTES));
     let parts = parts.zip(table.chunks_exact_mut(ENTRY_BYTES));
-    for (raw, ((signs, planes), entry)) in raw.chunks_exact(TILE_BYTES).zip(parts) {
-        split(raw, signs, &mut exponents);
-        let base = base(&exponents);
+    for (raw, ((signs, planes), entry)) in raw.chunks_exact(tile_bytes).zip(parts) {
+        element.split(raw, signs, exponents.as_flattened_mut());
+        let base = base(element, &exponents);
         let base_and_escapes = u32::from(base) << 24 | number(escapes.len());
         write(entry, &[second.codes, base_and_escapes]);
-        choose(&exponents, base, &mut codes);
+        // One loop of each kind, so that the kind is asked for once.
+        match element {
+            Element::Bf16 => choose(&exponents, &mut codes, |e| Element::Bf16.above(e, base)),
+            Element::Fp8 => choose(&exponents, &mut codes, |e| Element::Fp8.above(e, base)),
+        }
         let tile = codes.gather();
         write(planes, tile.first.as_flattened());
         let escaping = tile.escaping();
@@ -38,7 +43,7 @@ pub fn encode(raw: &[u8], out: &mut Vec<u8>) -> bool {
     }
     let at = layout.escapes(second.total());
     let end = layout.end(second.total(), escapes.len());
-    write(&mut out[start..], &[MAGIC, number(tiles), number(layout.second), number(at)]);
+    write(&mut out[start..], &[element.magic(), number(tiles), number(layout.second), number(at)]);
     second.finish(out);
     out.resize(start + at, 0);
     out.extend_from_slice(&escapes);
@@ -58,22 +63,12 @@ fn write(bytes: &mut [u8], words: &[u32]) {
     }
 }
 
-/// Parts each element: sign and mantissa, and the exponent.
-fn split(raw: &[u8], signs: &mut [u8], exponents: &mut Groups) {
-    let each = signs.iter_mut().zip(exponents.as_flattened_mut());
-    for ((sign, exponent), raw) in each.zip(raw.chunks_exact(2)) {
-        let value = u16::from_le_bytes([raw[0], raw[1]]);
-        *sign = (value >> 8 & 0x80) as u8 | (value & 0x7f) as u8;
-        *exponent = (value >> 7 & 0xff) as u8;
-    }
-}
-
-/// The codes of all elements.
-fn choose(exponents: &Groups, base: u8, codes: &mut Codes) {
+/// The codes of all elements, by how far their exponents are above the base.
+fn choose(exponents: &Groups, codes: &mut Codes, above: impl Fn(u8) -> u8) {
     let first = codes.first.as_flattened_mut().iter_mut();
     let each = first.zip(codes.second.as_flattened_mut()).zip(exponents.as_flattened());
     for ((first, second), &exponent) in each {
-        let above = if exponent < base { u8::MAX } else { exponent.wrapping_sub(base) };
+        let above = above(exponent);
         *first = above.wrapping_sub(4).min(3);
         *second = above.min(3).max(above.saturating_sub(3).min(7));
     }

@@ -1,9 +1,7 @@
 //! Where the parts of a segment are.
 
-use super::{ELEMENTS, LANES, TILE_BYTES};
+use super::{ELEMENTS, Element, LANES};
 
-/// The first four bytes, "DGW1".
-pub(super) const MAGIC: u32 = 0x3157_4744;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = 256;
 /// Bytes of the planes of one tile.
@@ -15,7 +13,7 @@ pub(super) const GROUP_BYTES: usize = 12;
 /// Groups of zeros that end the second level.
 const SPARE_GROUPS: usize = 2;
 
-/// The offsets that follow from the number of tiles.
+/// The offsets that follow from the elements and the number of tiles.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     pub(super) planes: usize,
@@ -24,8 +22,8 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub(super) fn new(tiles: usize) -> Self {
-        let planes = tiles.saturating_mul(ELEMENTS).saturating_add(HEADER_BYTES);
+    pub(super) fn new(element: Element, tiles: usize) -> Self {
+        let planes = tiles.saturating_mul(element.signs_bytes()).saturating_add(HEADER_BYTES);
         let table = tiles.saturating_mul(PLANES_BYTES).saturating_add(planes);
         let second = padded(tiles.saturating_mul(ENTRY_BYTES)).saturating_add(table);
         Self { planes, table, second }
@@ -50,10 +48,10 @@ pub(super) fn padded(bytes: usize) -> usize {
 
 /// The most bytes that the segment of `raw_bytes` raw bytes may have: when every element is an
 /// escape.
-pub fn most_encoded_bytes(raw_bytes: usize) -> usize {
-    let tiles = raw_bytes.div_ceil(TILE_BYTES);
+pub fn most_encoded_bytes(element: Element, raw_bytes: usize) -> usize {
+    let tiles = raw_bytes.div_ceil(element.tile_bytes());
     let elements = tiles.saturating_mul(ELEMENTS);
-    Layout::new(tiles).end(elements, elements)
+    Layout::new(element, tiles).end(elements, elements)
 }
 
 #[cfg(test)]
@@ -62,7 +60,7 @@ mod tests {
 
     #[test]
     fn offsets_are_those_of_the_format() {
-        let layout = Layout::new(33);
+        let layout = Layout::new(Element::Bf16, 33);
         assert_eq!(layout.planes, 256 + 33 * 1024);
         assert_eq!(layout.table, 256 + 33 * 1280);
         assert_eq!(layout.second, 256 + 33 * 1280 + 512);
@@ -70,12 +68,18 @@ mod tests {
         assert_eq!(layout.escapes(19 * 32) - layout.second, 256);
         assert_eq!(layout.escapes(19 * 32 + 1) - layout.second, 512);
         assert_eq!(layout.end(0, 257) - layout.escapes(0), 512);
+        let of_fp8 = Layout::new(Element::Fp8, 33);
+        assert_eq!([of_fp8.planes, of_fp8.table], [256 + 33 * 512, 256 + 33 * 768]);
     }
 
     #[test]
     fn the_bound_is_that_of_escapes_alone_and_never_wraps() {
-        assert_eq!(most_encoded_bytes(2048), 256 + 1024 + 256 + 256 + 512 + 1024);
-        assert_eq!(most_encoded_bytes(1), most_encoded_bytes(2048));
-        assert_eq!(most_encoded_bytes(usize::MAX), usize::MAX);
+        let bf16 = |bytes| most_encoded_bytes(Element::Bf16, bytes);
+        assert_eq!(bf16(2048), 256 + 1024 + 256 + 256 + 512 + 1024);
+        assert_eq!(bf16(1), bf16(2048));
+        assert_eq!(most_encoded_bytes(Element::Fp8, 1024), bf16(2048) - 512);
+        for element in Element::ALL {
+            assert_eq!(most_encoded_bytes(element, usize::MAX), usize::MAX);
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! The lossless encoded form of bf16 weights, on the CPU. Pure; `docs/encoded-format.md` decides.
+//! The lossless encoded form of bf16 and fp8 weights, on the CPU. Pure; `docs/encoded-format.md`
+//! decides.
 //!
 //! All loops that touch every element go over arrays of fixed size and do the same to each, so
 //! that the compiler makes vector instructions of them.
@@ -6,24 +7,24 @@
 mod base;
 mod compress;
 mod decode;
+mod element;
 mod encode;
 mod layout;
 mod planes;
 pub mod stream;
 
 pub use decode::{Malformed, decode};
+pub use element::Element;
 pub use encode::encode;
 pub use layout::most_encoded_bytes;
 
-/// Raw bytes of one tile, the unit that is encoded.
-pub const TILE_BYTES: usize = 2048;
 /// Raw bytes of one segment at most, as the engine cuts tensors.
 pub const SEGMENT_BYTES: usize = 4 << 20;
 /// Tiles of one segment at most, as the format allows.
 pub const MOST_TILES: usize = 8192;
 
-/// Elements of one tile.
-const ELEMENTS: usize = TILE_BYTES / 2;
+/// Elements of one tile, the unit that is encoded.
+const ELEMENTS: usize = 1024;
 /// Threads that decode a tile on the device.
 const LANES: usize = 32;
 
@@ -35,6 +36,8 @@ type Words = [u32; LANES];
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TILE_BYTES: usize = Element::Bf16.tile_bytes();
 
     /// Numbers that look random and are the same each time.
     pub(super) struct Random(pub(super) u64);
@@ -72,19 +75,45 @@ mod tests {
         (0..tiles * ELEMENTS).map(|_| next()).flat_map(|[_, _, low, high]| [low, high]).collect()
     }
 
+    /// As [`normal`], in fp8 after so much was divided out, as far as fp8 goes.
+    fn normal_fp8(tiles: usize, seed: u64, scale: f32) -> Vec<u8> {
+        let mut random = Random(seed);
+        (0..tiles * ELEMENTS).map(|_| fp8(random.normal() / scale)).collect()
+    }
+
+    /// The nearest e4m3 value, of which 448 is the largest.
+    fn fp8(value: f32) -> u8 {
+        let (size, sign) = (value.abs().min(448.0), u8::from(value < 0.0) << 7);
+        // Below 2^-6 the steps are 2^-9, from there on an eighth of the power of two.
+        let exponent = (size.to_bits() >> 23).max(121) - 121;
+        let step = f32::from_bits((exponent + 118) << 23);
+        // A power of two more counts eight steps less in it. Adding 2^23 rounds to whole ones.
+        let steps = (size / step + 8_388_608.0).to_bits() & 0x007f_ffff;
+        let code = exponent * 8 + steps;
+        sign | u8::try_from(code).expect("seven bits")
+    }
+
     pub(super) fn encoded(raw: &[u8]) -> Vec<u8> {
+        encoded_as(Element::Bf16, raw)
+    }
+
+    pub(super) fn encoded_as(element: Element, raw: &[u8]) -> Vec<u8> {
         let mut segment = Vec::new();
-        assert!(encode(raw, &mut segment), "{} bytes are a segment", raw.len());
+        assert!(encode(element, raw, &mut segment), "{} bytes are a segment", raw.len());
         segment
     }
 
-    /// Encodes and decodes; returns the encoded size.
     fn round_trip(raw: &[u8]) -> usize {
-        let segment = encoded(raw);
+        round_trip_as(Element::Bf16, raw)
+    }
+
+    /// Encodes and decodes; returns the encoded size.
+    fn round_trip_as(element: Element, raw: &[u8]) -> usize {
+        let segment = encoded_as(element, raw);
         assert_eq!(segment.len() % 256, 0);
-        assert!(segment.len() <= most_encoded_bytes(raw.len()), "{} bytes", segment.len());
+        assert!(segment.len() <= most_encoded_bytes(element, raw.len()), "{} bytes", segment.len());
         let mut found = vec![0xa5; raw.len()];
-        decode(&segment, &mut found).expect("what was encoded can be decoded");
+        decode(element, &segment, &mut found).expect("what was encoded can be decoded");
         let wrong = found.iter().zip(raw).position(|(found, expected)| found != expected);
         assert_eq!(wrong, None, "first byte that differs");
         segment.len()
@@ -95,6 +124,41 @@ mod tests {
         let raw = normal(256, 1);
         let milli_bits = round_trip(&raw) * 8000 / (raw.len() / 2);
         assert!((10_700..11_050).contains(&milli_bits), "{milli_bits} / 1000 bits");
+    }
+
+    #[test]
+    fn weights_in_fp8_come_back_and_take_6_to_7_bits() {
+        let milli_bits = |raw: &[u8]| round_trip_as(Element::Fp8, raw) * 8000 / raw.len();
+        // As they are, most below or near the smallest normal number; scaled so that the largest is
+        // about the largest of fp8.
+        for (scale, range) in [(50.0, 5_900..6_300), (25.0, 6_000..6_500), (0.013, 6_700..7_200)] {
+            let found = milli_bits(&normal_fp8(256, 1, scale));
+            assert!(range.contains(&found), "{found} / 1000 bits at {scale}");
+        }
+    }
+
+    #[test]
+    fn every_pattern_of_fp8_comes_back_whatever_is_frequent() {
+        let fp8 = |raw: &[u8]| round_trip_as(Element::Fp8, raw);
+        for step in (1_u32..256).step_by(2) {
+            fp8(&(0..1024).map(|n| (n * step).to_le_bytes()[0]).collect::<Vec<u8>>());
+        }
+        let mut random = Random(17);
+        for frequent in 0..16 {
+            // All exponents, and most often this one and its neighbours.
+            let mut next = || match random.word().to_le_bytes() {
+                [0..=150, byte, near, ..] => ((frequent + near % 3) % 16) << 3 | byte & 0x87,
+                [_, byte, ..] => byte,
+            };
+            let raw: Vec<u8> = (0..3 * ELEMENTS).map(|_| next()).collect();
+            fp8(&raw);
+        }
+        for value in 0..=255 {
+            fp8(&[value; ELEMENTS]);
+        }
+        let most = [normal_fp8(MOST_TILES - 1, 5, 25.0), (0..4).flat_map(|_| 0..=255).collect()];
+        fp8(&most.concat());
+        assert!(!encode(Element::Fp8, &[0; 1023], &mut Vec::new()));
     }
 
     #[test]
@@ -133,7 +197,8 @@ mod tests {
         let mut out = vec![1, 2, 3];
         all.extend_from_slice(&tile);
         for bytes in [0, 1, TILE_BYTES - 1, TILE_BYTES + 2, all.len()] {
-            assert!(!encode(&all[..bytes], &mut out), "{bytes} bytes are no segment");
+            let is_one = encode(Element::Bf16, &all[..bytes], &mut out);
+            assert!(!is_one, "{bytes} bytes are no segment");
         }
         assert_eq!(out, [1, 2, 3]);
     }
@@ -142,7 +207,7 @@ mod tests {
     fn a_segment_begins_where_what_is_there_ends() {
         let raw = normal(3, 4);
         let mut out = vec![9; 77];
-        assert!(encode(&raw, &mut out) && encode(&raw, &mut out));
+        assert!((0..2).all(|_| encode(Element::Bf16, &raw, &mut out)));
         let segment = encoded(&raw);
         assert_eq!(out, [vec![9; 77], segment.clone(), segment].concat());
     }

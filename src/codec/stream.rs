@@ -3,10 +3,13 @@
 
 use super::decode::words;
 use super::layout::{Layout, padded};
-use super::{MOST_TILES, Malformed, SEGMENT_BYTES, TILE_BYTES};
+use super::{Element, MOST_TILES, Malformed, SEGMENT_BYTES};
 use super::{decode as decode_segment, encode as encode_segment, most_encoded_bytes};
 use crate::units::index;
 
+/// What all streams are of.
+const ELEMENT: Element = Element::Bf16;
+const TILE_BYTES: usize = ELEMENT.tile_bytes();
 /// The first four bytes, "DGWS".
 const MAGIC: u32 = 0x5357_4744;
 /// The only version there is.
@@ -96,7 +99,7 @@ fn cut(raw: &[u8], segment_bytes: usize) -> Result<Vec<u8>, BadStream> {
     let front = padded(HEADER_BYTES + ENTRY_BYTES * segments.len());
     // None is longer than its raw bytes when the next begins.
     let most = front.saturating_add(raw.len());
-    let most = most.saturating_add(most_encoded_bytes(segment_bytes.min(tiles.len())));
+    let most = most.saturating_add(most_encoded_bytes(ELEMENT, segment_bytes.min(tiles.len())));
     let mut out = Vec::new();
     out.try_reserve_exact(most).map_err(|_| BadStream::Memory(most))?;
     out.extend_from_slice(&MAGIC.to_le_bytes());
@@ -106,7 +109,7 @@ fn cut(raw: &[u8], segment_bytes: usize) -> Result<Vec<u8>, BadStream> {
     out.resize(front, 0);
     for (number, segment) in segments.enumerate() {
         let start = out.len();
-        if !encode_segment(segment, &mut out) || out.len() - start >= segment.len() {
+        if !encode_segment(ELEMENT, segment, &mut out) || out.len() - start >= segment.len() {
             out.truncate(start);
             out.extend_from_slice(segment);
         }
@@ -165,7 +168,7 @@ impl<'a> Stream<'a> {
         for (number, (raw, held)) in stream.sizes().enumerate() {
             let tiles = raw / TILE_BYTES;
             let whole = raw % TILE_BYTES == 0 && (1..=MOST_TILES).contains(&tiles);
-            let least = Layout::new(tiles).end(0, 0);
+            let least = Layout::new(ELEMENT, tiles).end(0, 0);
             let encoded = held % 256 == 0 && (least..raw).contains(&held);
             if !whole || !(held == raw || encoded) {
                 return Err(BadStream::Sizes { number, raw, held });
@@ -195,7 +198,7 @@ impl<'a> Stream<'a> {
                 raw.copy_from_slice(held);
             } else {
                 let segment = |why| BadStream::Segment { number, why };
-                decode_segment(held, raw).map_err(segment)?;
+                decode_segment(ELEMENT, held, raw).map_err(segment)?;
             }
         }
         left.copy_from_slice(body);
@@ -268,7 +271,7 @@ mod tests {
         let [first, third] = [0, 8].map(|tile| {
             let mut segment = Vec::new();
             let end = if tile == 0 { 4 } else { 9 } * TILE_BYTES;
-            assert!(encode_segment(&raw[tile * TILE_BYTES..end], &mut segment));
+            assert!(encode_segment(ELEMENT, &raw[tile * TILE_BYTES..end], &mut segment));
             segment
         });
         // The third, one tile, would not become smaller.

@@ -8,6 +8,7 @@ pub mod host;
 pub mod mutant;
 pub mod sim;
 
+use crate::codec::Element;
 use crate::error::Result;
 
 /// One pair of events, *ready* and *done*, of one use of a block. The engine alternates between
@@ -43,6 +44,8 @@ pub enum Source {
         address: u64,
         /// Encoded bytes.
         bytes: u32,
+        /// What they decode to.
+        element: Element,
     },
 }
 

@@ -3,11 +3,17 @@
 use super::adapt::{Adapt, PassTimes, Weighed};
 use super::copying::{Encode, Encoder, MovedSums};
 use super::core::Core;
+use crate::codec::Element;
 use crate::error::Result;
 use crate::units::{narrow, real};
 
 /// What encoding saves of weights as trained ones are, until any were encoded.
-const SAVED: f64 = 0.31;
+fn expected(element: Element) -> f64 {
+    match element {
+        Element::Bf16 => 0.31,
+        Element::Fp8 => 0.15,
+    }
+}
 
 /// What [`Balance`] has to know of passes.
 #[derive(Debug, Default)]
@@ -27,10 +33,14 @@ impl Seen {
     }
 }
 
-/// The share that encoding has saved of what came encoded.
-fn saved(moved: MovedSums) -> f64 {
+/// The share that encoding has saved of what came encoded; until any did, what it does to tensors
+/// of such elements and bytes.
+fn saved(moved: MovedSums, tensors: impl Iterator<Item = (Element, u64)>) -> f64 {
     if moved.decoded_bytes == 0 {
-        return SAVED;
+        let sums = tensors.fold((0.0, 0.0), |(saved, all), (element, bytes)| {
+            (saved + expected(element) * real(bytes), all + real(bytes))
+        });
+        return if sums.1 > 0.0 { sums.0 / sums.1 } else { expected(Element::Bf16) };
     }
     1.0 - real(moved.encoded_bytes) / real(moved.decoded_bytes)
 }
@@ -73,9 +83,15 @@ impl Core {
             copies_s: real(self.plan.streamed_bytes) * seconds / real(bytes) / share,
             compute_s: pass.compute_s.iter().sum::<f64>() + outside_s,
             pass_s: pass.inside_s,
-            saved: saved(moved),
+            saved: saved(moved, self.encodable()),
             is_settled: self.seen.is_settled,
         });
+    }
+
+    /// The tensors that may be encoded: what they are of, and bytes.
+    fn encodable(&self) -> impl Iterator<Item = (Element, u64)> {
+        let tensors = self.spec.profile.tensors.iter().zip(&self.spec.encodable);
+        tensors.filter_map(|(tensor, element)| Some(((*element)?, tensor.bytes)))
     }
 
     /// Gives back what was encoded before weights changed, once no copy reads it. Blocks until the
@@ -136,6 +152,11 @@ mod tests {
         assert!((seen.share_on_link(moved) - 1.0).abs() < 1e-9);
         (moved.bytes, moved.encoded_bytes, moved.decoded_bytes) = (1700, 600, 900);
         assert!((seen.share_on_link(moved) - 0.7).abs() < 1e-9, "700 of 100 + 900");
-        assert!((saved(moved) - 1.0 / 3.0).abs() < 1e-9, "600 of 900");
+        let tensors = [(Element::Bf16, 300), (Element::Fp8, 900)];
+        assert!((saved(moved, tensors.into_iter()) - 1.0 / 3.0).abs() < 1e-9, "600 of 900");
+        moved.decoded_bytes = 0;
+        let mean = (0.31 + 3.0 * 0.15) / 4.0;
+        assert!((saved(moved, tensors.into_iter()) - mean).abs() < 1e-9, "by bytes");
+        assert!((saved(moved, std::iter::empty()) - 0.31).abs() < 1e-9, "none may be");
     }
 }

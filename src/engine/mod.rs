@@ -29,11 +29,13 @@ pub use schedule::{Entered, Schedule};
 pub use trace::{Counters, Record, Trace};
 
 use self::core::{Before, Core};
+use crate::codec::Element;
 use crate::driver::{ComputeStream, Device, Source};
 use crate::error::{Error, Result};
 use crate::fence::fence;
 use crate::plan::{Plan, Profile, bound_s, period_s, plan};
 use crate::pool::Arena;
+use crate::units::index;
 
 /// What an engine is made with.
 #[derive(Debug, Clone, Default)]
@@ -56,8 +58,9 @@ pub struct Spec {
     pub staging_bytes: u64,
     /// When to encode weights, so that less goes over the link.
     pub encode: Encode,
-    /// For each tensor whether it is worth a try: bf16, and not small. Empty: none is.
-    pub encodable: Vec<bool>,
+    /// For each tensor what it is encoded as, if it is worth a try: bf16 or fp8, and not small.
+    /// Empty: none is.
+    pub encodable: Vec<Option<Element>>,
     /// Most bytes of whole pages that hold encoded weights, page-locked beside the others.
     pub encoded_bytes: u64,
     /// Most host bytes to page-lock: those in place and those that hold encoded weights. Those in
@@ -67,6 +70,13 @@ pub struct Spec {
     pub trace_uses: usize,
     /// See [`Options`].
     pub options: Options,
+}
+
+impl Spec {
+    /// What a tensor is encoded as, if it may be.
+    pub(crate) fn element_of(&self, tensor: u32) -> Option<Element> {
+        self.encodable.get(index(tensor)).copied().flatten()
+    }
 }
 
 /// One model's engine on one device. Shared between threads; one block runs at a time.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Pins, Span, whole_pages};
+use crate::codec::Element;
 use crate::driver::host::shim::{self, Pages, page_bytes};
 use crate::driver::{Device, Source};
 use crate::error::{Error, Result};
@@ -40,13 +41,15 @@ pub struct Code {
 
 impl Code {
     /// Takes segments, each with the place of its raw bytes in the tensor, into page-locked memory,
-    /// by so many threads. Tells how long other calls of the driver had to wait meanwhile.
+    /// by so many threads. They decode to such elements. Tells how long other calls of the driver
+    /// had to wait meanwhile.
     ///
     /// # Errors
     ///
     /// [`Error::PageLock`] when there is no memory, or it cannot be locked.
     pub fn new(
         device: &Arc<dyn Device>,
+        element: Element,
         segments: &[(u64, u64, Vec<u8>)],
         threads: usize,
     ) -> Result<(Self, Duration)> {
@@ -56,13 +59,14 @@ impl Code {
         let mut at = pages.address();
         let mut placed = Vec::with_capacity(segments.len());
         for (raw_offset, raw_bytes, encoded) in segments {
-            let source = Source::Encoded { address: at, bytes: narrow(encoded.len()) };
+            let bytes = narrow(encoded.len());
+            let source = Source::Encoded { address: at, bytes, element };
             placed.push(Segment { raw_offset: *raw_offset, raw_bytes: *raw_bytes, source });
             at += encoded.len() as u64;
         }
         // New memory is slow to write, a page at a time.
         let copy = |number: usize| {
-            let Source::Encoded { address, bytes } = placed[number].source else { return };
+            let Source::Encoded { address, bytes, .. } = placed[number].source else { return };
             shim::copy(address, segments[number].2.as_ptr() as u64, u64::from(bytes));
         };
         each_in_threads(segments.len(), threads, copy);
@@ -243,7 +247,7 @@ mod tests {
 
     fn code(device: &Arc<dyn Device>) -> Code {
         let segments = [(0, 100, vec![1; 60]), (100, 100, vec![2; 50]), (300, 100, vec![3; 70])];
-        Code::new(device, &segments, 2).expect("host memory").0
+        Code::new(device, Element::Fp8, &segments, 2).expect("host memory").0
     }
 
     #[test]
@@ -262,16 +266,17 @@ mod tests {
         assert!(code.is_cut_at(&[0, 399]) && code.is_cut_at(&[1]));
         assert!(!code.is_cut_at(&[0, 100, 200, 250, 300, 400, 500]));
         let sources: Vec<Source> = code.segments.iter().map(|segment| segment.source).collect();
-        let Source::Encoded { address, bytes } = sources[0] else { panic!("encoded") };
-        assert_eq!(sources[1], Source::Encoded { address: address + 60, bytes: 50 });
-        assert_eq!(bytes, 60, "so that neighbours are one copy");
+        let Source::Encoded { address, bytes, element } = sources[0] else { panic!("encoded") };
+        assert_eq!(sources[1], Source::Encoded { address: address + 60, bytes: 50, element });
+        assert_eq!((bytes, element), (60, Element::Fp8), "so that neighbours are one copy");
     }
 
     #[test]
     fn what_cannot_be_page_locked_is_refused() {
         let options = SimOptions { staged_from: Some(0), ..SimOptions::default() };
         let device: Arc<dyn Device> = Arc::new(SimDevice::new(options));
-        Code::new(&device, &[(0, 100, vec![1; 60])], 1).expect_err("nothing can be locked");
+        Code::new(&device, Element::Bf16, &[(0, 100, vec![1; 60])], 1)
+            .expect_err("nothing can be locked");
     }
 
     #[test]

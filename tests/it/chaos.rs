@@ -25,7 +25,7 @@ use crate::flaky::{Fault, Flaky, faults, fenced};
 use crate::random::Random;
 use crate::stack::{Stack, index};
 use crate::watchdog::for_seeds;
-use crate::weights::{Scratch, Weights, bytes_at};
+use crate::weights::{Scratch, Weights, bytes_at, element_of};
 
 const COMPUTE: ComputeStream = ComputeStream(0);
 /// Models of one batch, and the faults that they have to meet at least.
@@ -119,7 +119,7 @@ impl<'a> World<'a> {
             staging_bytes: random.between(1, 4) << 16,
             ram_bytes: random.pick(&[0, 1 << 17, 1 << 30]),
             encode: Encode::Eighths(if seed % 5 == 3 { 3 } else { 8 }),
-            encodable: vec![seed % 3 == 1; weights.stack.profile.tensors.len()],
+            encodable: vec![element_of(seed); weights.stack.profile.tensors.len()],
             encoded_bytes: 1 << 30,
             trace_uses: 16,
             options: Options {
@@ -314,8 +314,9 @@ fn note(flaky: &Flaky, sums: &mut Sums) {
 fn one(seed: u64) -> Sums {
     let mut random = Random::new(seed ^ 0xC4A05);
     let weights = Weights::new(Stack::random(&mut random), seed);
-    if seed % 3 == 1 {
-        (0..weights.stack.profile.tensors.len()).for_each(|tensor| weights.train(tensor, seed));
+    if let Some(element) = element_of(seed) {
+        let tensors = 0..weights.stack.profile.tensors.len();
+        tensors.for_each(|tensor| weights.train_as(element, tensor, seed));
     }
     let mut sums = Sums::default();
     // Every fourth on the fake driver, of which there is one.

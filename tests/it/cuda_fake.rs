@@ -5,6 +5,7 @@
 use std::process::Command;
 use std::sync::Arc;
 
+use dgls_core::codec::Element;
 use dgls_core::driver::cuda::{CudaDevice, CudaOptions, driver_version};
 use dgls_core::driver::host::shim::{Pages, WeightFile};
 use dgls_core::driver::mutant::{Batches, Dropped, Mutant};
@@ -82,7 +83,7 @@ impl<'a> Rig<'a> {
             profile: weights.stack.profile.clone(),
             sources: setup.sources.clone(),
             encode,
-            encodable: vec![true; setup.sources.len()],
+            encodable: vec![Some(Element::Bf16); setup.sources.len()],
             encoded_bytes: 1 << 30,
             budget_bytes: setup.budget,
             pinned_bytes: setup.pinned_bytes,

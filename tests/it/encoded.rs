@@ -5,12 +5,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use dgls_core::codec::Element;
 use dgls_core::driver::host::shim::{Pages, WeightFile, page_bytes};
 use dgls_core::driver::host::{HostDevice, HostOptions};
 use dgls_core::driver::{ComputeStream, Device};
 use dgls_core::engine::{Adapt, Encode, Engine, Options, Spec, Stats};
 use dgls_core::plan::Copy;
 
+use crate::adaptation::real;
 use crate::flaky::Flaky;
 use crate::random::Random;
 use crate::stack::{Stack, index};
@@ -53,7 +55,7 @@ pub(crate) fn always(weights: &Weights, budget_bytes: u64) -> Spec {
         pinned_bytes: 1 << 30,
         staging_bytes: 1 << 18,
         encode: Encode::ALWAYS,
-        encodable: vec![true; weights.stack.profile.tensors.len()],
+        encodable: vec![Some(Element::Bf16); weights.stack.profile.tensors.len()],
         encoded_bytes: 1 << 30,
         options: Options { adapt: Adapt::AtOnce, poison: true, ..Options::default() },
         ..Spec::default()
@@ -318,11 +320,32 @@ fn nothing_is_encoded_unasked() {
         assert_eq!(rig.stats().code_bytes, 0, "{:?}", spec.encode);
     }
     // One tensor of each block.
-    let encodable = (0..spec.encodable.len()).map(|tensor| tensor % SIZES.len() == 3).collect();
+    let fourth = |tensor: usize| (tensor % SIZES.len() == 3).then_some(Element::Bf16);
+    let encodable = (0..spec.encodable.len()).map(fourth).collect();
     let rig = Rig::new(&weights, &Spec { encodable, ..spec });
     rig.pass();
     rig.pass();
     assert_eq!(rig.pass().1, u64::from(BLOCKS) * 65_536);
+}
+
+#[test]
+fn fp8_and_bf16_go_encoded_side_by_side() {
+    let weights = model(7);
+    let (least, _) = weights.stack.budgets();
+    let mut spec = always(&weights, least);
+    // The last tensor of each block.
+    let fp8: Vec<usize> = (0..spec.encodable.len()).filter(|n| n % SIZES.len() == 3).collect();
+    for &tensor in &fp8 {
+        spec.encodable[tensor] = Some(Element::Fp8);
+        weights.train_as(Element::Fp8, tensor, 8);
+    }
+    let rig = Rig::new(&weights, &spec);
+    rig.pass();
+    let (encoded, decoded) = rig.pass();
+    assert_eq!(decoded, u64::from(BLOCKS) * WORTH);
+    let of_bf16 = decoded - 65_536 * fp8.len() as u64;
+    let share = real(encoded) / (0.69 * real(of_bf16) + 0.76 * real(decoded - of_bf16));
+    assert!((0.9..1.1).contains(&share), "{encoded} bytes for {decoded}");
 }
 
 #[test]

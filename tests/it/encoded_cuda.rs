@@ -3,14 +3,14 @@
 //! Method: copies of a few tiles on a fake driver whose copies or decodes are slow, so that each
 //! wait that is left out shows as wrong bytes; buffers, segments and kernels that are no good.
 
-use dgls_core::codec::{self, SEGMENT_BYTES, TILE_BYTES};
+use dgls_core::codec::{self, Element, SEGMENT_BYTES};
 use dgls_core::driver::cuda::{CudaDevice, CudaOptions};
 use dgls_core::driver::host::shim::{self, Pages};
 use dgls_core::driver::{Device, EventSlot, H2d, Source};
 use dgls_core::{ALIGN_BYTES, Error, Result};
 
 use crate::fake::Session;
-use crate::weights::{bytes_at, trained};
+use crate::weights::{bytes_at, trained_as};
 
 const SLOT: EventSlot = EventSlot(0);
 /// The fewest parts of a buffer, and the segments of one launch.
@@ -20,7 +20,8 @@ const MIB: u32 = 1 << 20;
 
 /// The smallest part of a buffer that is taken.
 fn part_bytes() -> u64 {
-    let bytes = u64::try_from(codec::most_encoded_bytes(SEGMENT_BYTES)).expect("some MiB");
+    let bytes =
+        u64::try_from(codec::most_encoded_bytes(Element::Bf16, SEGMENT_BYTES)).expect("some MiB");
     bytes.next_multiple_of(ALIGN_BYTES)
 }
 
@@ -58,6 +59,8 @@ struct Bench {
     target: Pages,
     /// Of each tensor its place and size among the raw ones, and among the encoded ones.
     places: Vec<[(u64, u32); 2]>,
+    /// What each is of: bf16 and fp8 by turns, twice each.
+    elements: Vec<Element>,
 }
 
 impl Bench {
@@ -67,10 +70,12 @@ impl Bench {
 
     fn with(count: u64, buffer: Buffer) -> Self {
         let (mut all, mut segments, mut places) = (Vec::new(), Vec::new(), Vec::new());
-        for number in 0..count {
-            let raw = trained((1 + number % 3) * TILE_BYTES as u64, number);
+        let element = |number: u64| if number / 2 % 2 == 0 { Element::Bf16 } else { Element::Fp8 };
+        let elements: Vec<Element> = (0..count).map(element).collect();
+        for (number, &element) in (0..).zip(&elements) {
+            let raw = trained_as(element, (1 + number % 3) * element.tile_bytes() as u64, number);
             let (raw_at, at) = (all.len() as u64, segments.len());
-            assert!(codec::encode(&raw, &mut segments), "whole tiles");
+            assert!(codec::encode(element, &raw, &mut segments), "whole tiles");
             let size = |bytes: usize| u32::try_from(bytes).expect("a few tiles");
             places.push([(raw_at, size(raw.len())), (at as u64, size(segments.len() - at))]);
             all.extend(raw);
@@ -89,19 +94,21 @@ impl Bench {
         for locked in [&raw, &encoded] {
             device.page_lock(locked.address(), locked.bytes()).expect("no faults");
         }
-        Self { device: Some(device), _buffer: buffer, raw, encoded, target, places }
+        Self { device: Some(device), _buffer: buffer, raw, encoded, target, places, elements }
     }
 
     fn encoded(&self, number: usize) -> H2d {
         let [(raw_at, raw_bytes), (at, bytes)] = self.places[number];
-        let source = Source::Encoded { address: self.encoded.address() + at, bytes };
+        let (address, element) = (self.encoded.address() + at, self.elements[number]);
+        let source = Source::Encoded { address, bytes, element };
         H2d { source, target: self.target.address() + raw_at, bytes: raw_bytes.into() }
     }
 
     /// As [`Bench::encoded`], but with so many bytes on the link.
     fn padded(&self, number: usize, link_bytes: u32) -> H2d {
-        let Source::Encoded { address, .. } = self.encoded(number).source else { unreachable!() };
-        let source = Source::Encoded { address, bytes: link_bytes };
+        let mut source = self.encoded(number).source;
+        let Source::Encoded { bytes, .. } = &mut source else { unreachable!() };
+        *bytes = link_bytes;
         H2d { source, ..self.encoded(number) }
     }
 

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use dgls_core::codec::Element;
 use dgls_core::driver::Source;
 use dgls_core::driver::host::shim::{Pages, copy};
 use dgls_core::engine::Engine;
@@ -45,7 +46,12 @@ impl Weights {
 
     /// Puts bytes into a tensor that look like trained bf16 weights: few exponents are frequent.
     pub(crate) fn train(&self, tensor: usize, seed: u64) {
-        let fresh = trained(self.stack.bytes(tensor), seed ^ (tensor as u64) << 32);
+        self.train_as(Element::Bf16, tensor, seed);
+    }
+
+    /// As [`Weights::train`], with such elements.
+    pub(crate) fn train_as(&self, element: Element, tensor: usize, seed: u64) {
+        let fresh = trained_as(element, self.stack.bytes(tensor), seed ^ (tensor as u64) << 32);
         copy(self.address(tensor), fresh.as_ptr() as u64, self.stack.bytes(tensor));
     }
 
@@ -114,9 +120,14 @@ impl Weights {
     }
 }
 
-/// So many bytes of bf16 weights, half of which have the greatest exponent, a fourth the next one,
-/// and so on.
-pub(crate) fn trained(bytes: u64, seed: u64) -> Vec<u8> {
+/// What the weights of a random model are that are to be encoded: a third of all, half of it fp8.
+pub(crate) fn element_of(seed: u64) -> Option<Element> {
+    (seed % 3 == 1).then_some(if seed / 8 % 2 == 0 { Element::Bf16 } else { Element::Fp8 })
+}
+
+/// So many bytes of weights, half of which have the greatest exponent, a fourth the next one, and
+/// so on.
+pub(crate) fn trained_as(element: Element, bytes: u64, seed: u64) -> Vec<u8> {
     let bytes = usize::try_from(bytes).expect("small");
     let mut random = Random::new(seed);
     let mut fresh: Vec<u8> = Vec::with_capacity(bytes + 8);
@@ -124,7 +135,12 @@ pub(crate) fn trained(bytes: u64, seed: u64) -> Vec<u8> {
         for word in random.next().to_le_bytes().chunks_exact(4) {
             let &[sign, mantissa, other, more] = word else { unreachable!("four of eight") };
             let zeros = u16::from(other | 0x80).trailing_zeros() + u32::from(more & 1);
-            let exponent = 121 - u16::try_from(zeros).expect("at most 8");
+            let zeros = u8::try_from(zeros).expect("at most 8");
+            if element == Element::Fp8 {
+                fresh.push(sign & 0x80 | (9 - zeros) << 3 | mantissa & 0x07);
+                continue;
+            }
+            let exponent = u16::from(121 - zeros);
             let bits = u16::from(sign & 1) << 15 | exponent << 7 | u16::from(mantissa & 0x7F);
             fresh.extend(bits.to_le_bytes());
         }

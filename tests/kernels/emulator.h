@@ -31,6 +31,10 @@ inline Index blockIdx;
 // What each lane of the present warp gave to its shuffles, by lane and then in order.
 inline std::vector<uint32_t> shuffled[32];
 
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }

@@ -13,7 +13,7 @@ bool run_warp(const Batch& batch, uint32_t warp) {
   for (auto& lane : shuffled) lane.clear();
   for (uint32_t lane = 0; lane < 32; ++lane) {
     threadIdx.x = warp * 32 + lane;
-    decode_bf16(batch);
+    decode(batch);
     if (shuffled[lane].size() != shuffled[0].size()) return false;
   }
   return true;

@@ -70,6 +70,46 @@ def words(patterns: Callable[[], torch.Tensor], count: int = 4) -> nn.Sequential
     return model
 
 
+class Both(Words):
+    """A block with a bf16 and an fp8 weight, each bit of which it uses."""
+
+    def __init__(self, dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+        super().__init__()
+        self.bytes = nn.Parameter(torch.zeros(4 * WIDTH, WIDTH).to(dtype), False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 5 ^ self.bytes.view(torch.int16).view(2 * WIDTH, WIDTH)
+
+
+def both(
+    patterns: Callable[[], torch.Tensor],
+    of_bytes: Callable[[], torch.Tensor],
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    count: int = 4,
+) -> nn.Sequential:
+    """Blocks with bf16 weights of these 16-bit patterns, and as many bytes of fp8 weights."""
+    torch.manual_seed(3)
+    model = nn.Sequential(*(Both(dtype) for _ in range(count)))
+    for block in model:
+        block.weight.copy_(patterns().to(torch.int16).view(2 * WIDTH, WIDTH).view(torch.bfloat16))
+        block.bytes.view(torch.uint8).copy_(of_bytes().view(4 * WIDTH, WIDTH))
+    return model
+
+
+def normal_words() -> torch.Tensor:
+    return torch.randn(2 * WIDTH * WIDTH).to(torch.bfloat16).view(torch.int16)
+
+
+def normal_bytes(scale: float = 0.02) -> torch.Tensor:
+    """Of fp8 weights as they are, or, at 90, scaled so that the largest is near fp8's largest."""
+    weights = scale * torch.randn(4 * WIDTH * WIDTH)
+    return weights.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def random_bytes() -> torch.Tensor:
+    return torch.randint(0, 256, (4 * WIDTH * WIDTH,), dtype=torch.uint8)
+
+
 def run_words(model: nn.Module) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.arange(2 * WIDTH * WIDTH, dtype=torch.int16).view(2 * WIDTH, WIDTH))

@@ -1,8 +1,9 @@
-"""Encodes and decodes bf16 weights by itself, as docs/encoded-format.md has it.
+"""Encodes and decodes bf16 and fp8 weights by itself, as docs/encoded-format.md has it.
 
 Goal: the encoder, the kernel and the decoder on the CPU are judged by code that shares nothing with
 them but the page.
-Method: no test of its own. Whole arrays at a time; elements are 16-bit patterns.
+Method: no test of its own. Whole arrays at a time; elements are patterns, of 16 bits for bf16 and
+of 8 bits for fp8, by which both are told apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ TILE = 1024
 MOST_TILES = 8192
 ALIGNMENT = 256
 MAGIC = 0x31574744
+MAGIC_OF_FP8 = 0x31464744
 
 # By d = exponent - base; 3 is "look at the second level", 7 "look at the escapes".
 FIRST = {4: 0, 5: 1, 6: 2}
@@ -60,27 +62,40 @@ def table(of: dict[int, int], other: int) -> Array:
     return codes
 
 
-def best_bases(exponents: Array) -> Array:
+def halves(elements: Array) -> Array:
+    """Sign and mantissa of fp8 patterns: half a byte each, elements n and n + 4 of eight in one."""
+    half = (elements >> 4 & 8 | elements & 7).reshape(-1, 2, 4)
+    return (half[:, 0] | half[:, 1] << 4).astype(np.uint8)
+
+
+def best_bases(exponents: Array, is_fp8: bool) -> Array:
     """One for each tile: what an encoder takes whose sample is the whole tile."""
     found = []
     for tile in exponents.reshape(-1, TILE):
         counts = np.bincount(tile, minlength=258)
         three = counts[:-2] + counts[1:-1] + counts[2:]
-        found.append(max(int(three.argmax()) - 4, 0))
+        first = int(three.argmax()) - 4
+        found.append(first % 16 if is_fp8 else max(first, 0))
     return np.array(found)
 
 
 def encode(elements: Array, bases: Array | None = None) -> bytes:
-    """A segment of 16-bit patterns, whole tiles of them."""
+    """A segment of patterns, whole tiles of them."""
     tiles, rest = divmod(len(elements), TILE)
     assert rest == 0
     assert 1 <= tiles <= MOST_TILES
-    elements = elements.astype(np.uint16)
-    signs = (elements >> 8 & 0x80 | elements & 0x7F).astype(np.uint8)
-    exponents = by_lane(elements >> 7 & 0xFF).astype(int)
+    is_fp8 = elements.dtype == np.uint8
+    if is_fp8:
+        signs = halves(elements)
+        exponents = by_lane(elements >> 3 & 15).astype(int)
+    else:
+        elements = elements.astype(np.uint16)
+        signs = (elements >> 8 & 0x80 | elements & 0x7F).astype(np.uint8)
+        exponents = by_lane(elements >> 7 & 0xFF).astype(int)
     if bases is None:
-        bases = best_bases(exponents)
+        bases = best_bases(exponents, is_fp8)
     d = exponents - bases[:, None, None]
+    d = d % 16 if is_fp8 else d
 
     first = table(FIRST, 3)[d + 256]
     is_second = first == 3
@@ -100,22 +115,24 @@ def encode(elements: Array, bases: Array | None = None) -> bytes:
     before = [signs.tobytes(), planes.tobytes(), padded(entries.tobytes())]
     second_at = ALIGNMENT + sum(map(len, before))
     second_level = padded(triples.tobytes() + bytes(24))
-    header = np.array([MAGIC, tiles, second_at, second_at + len(second_level)], "<u4")
+    magic = MAGIC_OF_FP8 if is_fp8 else MAGIC
+    header = np.array([magic, tiles, second_at, second_at + len(second_level)], "<u4")
     escapes = exponents[is_escape].astype(np.uint8)
     return b"".join([padded(header.tobytes()), *before, second_level, padded(escapes.tobytes())])
 
 
 def decode(segment: bytes) -> Array:
-    """The 16-bit patterns of a segment.
+    """The patterns of a segment.
 
     Raises:
         BadSegment: It is not laid out as the page says.
     """
     raw = np.frombuffer(segment, np.uint8)
     magic, tiles, second_at, escapes_at = raw[:16].view("<u4").tolist()
-    planes_at = ALIGNMENT + 1024 * tiles
+    is_fp8 = magic == MAGIC_OF_FP8
+    planes_at = ALIGNMENT + (512 if is_fp8 else 1024) * tiles
     table_at = planes_at + 256 * tiles
-    if magic != MAGIC or not 1 <= tiles <= MOST_TILES or raw[16:ALIGNMENT].any():
+    if not (is_fp8 or magic == MAGIC) or not 1 <= tiles <= MOST_TILES or raw[16:ALIGNMENT].any():
         raise BadSegment("header")
     if len(raw) % ALIGNMENT or second_at != table_at + len(padded(bytes(8 * tiles))):
         raise BadSegment("sizes")
@@ -151,7 +168,16 @@ def decode(segment: bytes) -> Array:
             raise BadSegment("counts in the tile table")
 
     exponents = (entries[:, 1] >> 24).astype(int)[:, None, None] + d
+    exponents %= 16 if is_fp8 else 1 << 16
     exponents[is_escape] = raw[escapes_at : escapes_at + escapes]
+    if is_fp8:
+        if exponents.max() > 15:
+            raise BadSegment("an exponent of more than four bits")
+        half = raw[ALIGNMENT:planes_at].reshape(-1, 4)
+        each = np.stack([half & 15, half >> 4], axis=1).reshape(-1)
+        return ((each & 8) << 4 | by_element(exponents).astype(np.uint8) << 3 | each & 7).astype(
+            np.uint8
+        )
     if exponents.max() > 255:
         raise BadSegment("an exponent of more than a byte")
     signs = raw[ALIGNMENT:planes_at].astype(np.uint16)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
+ITEM_BYTES = {"BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F32": 4}
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -104,6 +104,22 @@ assert moved["on"] < 0.9 * moved["off"], moved
 """)
 
 
+def test_fp8_beside_bf16(script: Script) -> None:
+    script("""
+from compress_cases import both, normal_bytes, normal_words, run_words
+model = both(normal_words, normal_bytes)
+expected, before = run_words(model), Snapshot(model)
+for knob in ("lat_us", "decode_us"):
+    put(knob, 500)
+    with dgls_torch.stream(model, BUFFER + 4 * MIB, **ON) as s:
+        enough = lambda r: all_held(r) and r.decoded_bytes_total > 0
+        report = passes(s, lambda: run_words(model), expected, enough)
+        assert not report.errors, report
+    put(knob, 0)
+    gone()
+""")
+
+
 @pytest.mark.parametrize("mode", ["auto", "on"])
 def test_auto_asks_whether_copies_decide(script: Script, mode: str) -> None:
     said = script(f"""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from encoded_format import MOST_TILES, TILE, Array, BadSegment, decode, encode
 
 if TYPE_CHECKING:
@@ -66,6 +67,15 @@ def one_stranger(element: int) -> Array:
     return weights
 
 
+def normal_fp8(tiles: int, scale: float) -> Array:
+    values = np.random.default_rng(0).normal(0, scale, tiles * TILE).astype(np.float32)
+    return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def random_fp8(tiles: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 1 << 8, tiles * TILE, np.uint8)
+
+
 # Every way that a tile can be: mostly first level, second, escapes, none of them, and the borders.
 WEIGHTS: dict[str, Array] = {
     "normal": normal(13),
@@ -84,6 +94,18 @@ WEIGHTS: dict[str, Array] = {
     "first lane's first": one_stranger(0),
     "last lane's last": one_stranger(TILE - 1),
     "in between": one_stranger(333),
+}
+WEIGHTS_OF_FP8: dict[str, Array] = {
+    "as they are": normal_fp8(13, 0.02),
+    "scaled": normal_fp8(5, 90),
+    "all patterns": np.tile(np.arange(256, dtype=np.uint8), 4),
+    "random bits": random_fp8(7),
+    "the largest": np.full(TILE, 0x7E, np.uint8),
+    "NaN": np.full(TILE, 0xFF, np.uint8),
+    "zeros": np.zeros(3 * TILE, np.uint8),
+    "minus zeros": np.full(TILE, 0x80, np.uint8),
+    "denormal": random_fp8(2) & 0x87,
+    "one stranger": np.where(np.arange(TILE) == 333, 0xE5, 0x38).astype(np.uint8),
 }
 BASES = (0, 1, 100, 118, 246, 250, 252, 255)
 
@@ -111,6 +133,10 @@ def aligned(size: int, alignment: int, apart: int = 0) -> Array:
     return memory[start : start + size]
 
 
+def is_fp8(segment: bytes) -> bool:
+    return segment[:4] == b"DGF1"
+
+
 def run(kernel: Callable[..., int], segments: list[bytes]) -> list[Array]:
     """What the kernel makes of a batch: the elements of each segment."""
     batch = Batch(count=len(segments))
@@ -119,7 +145,8 @@ def run(kernel: Callable[..., int], segments: list[bytes]) -> list[Array]:
         source = aligned(len(segment), 256)
         source[:] = np.frombuffer(segment, np.uint8)
         tiles = int(source[4:8].view("<u4")[0])
-        target = aligned(2 * GUARD + tiles * TILE * 2, 256, 16 * (number % 16))
+        size = 1 if is_fp8(segment) else 2
+        target = aligned(2 * GUARD + tiles * TILE * size, 256, 16 * (number % 16))
         batch.first_tile[number + 1] = batch.first_tile[number] + tiles
         batch.segments[number] = Segment(source.ctypes.data, target.ctypes.data + GUARD)
         kept.append(source)
@@ -132,7 +159,8 @@ def run(kernel: Callable[..., int], segments: list[bytes]) -> list[Array]:
     for target in targets:
         around = np.concatenate([target[:GUARD], target[-GUARD:]])
         assert (around == GUARD_BYTE).all(), "written outside"
-    return [target[GUARD:-GUARD].view("<u2") for target in targets]
+    types = ["u1" if is_fp8(segment) else "<u2" for segment in segments]
+    return [target[GUARD:-GUARD].view(kind) for target, kind in zip(targets, types, strict=True)]
 
 
 def check(kernel: Callable[..., int], weights: list[Array], segments: list[bytes]) -> None:
@@ -158,6 +186,16 @@ def test_sizes_are_those_of_the_page() -> None:
     assert len(encode(WEIGHTS["zeros"], np.array([9]))) == 256 + 1024 + 256 + 256 + 512 + 1024
 
 
+def test_the_reference_decodes_fp8() -> None:
+    for name, weights in WEIGHTS_OF_FP8.items():
+        assert np.array_equal(decode(encode(weights)), weights), name
+    for base in range(16):
+        weights = random_fp8(3, base)
+        assert np.array_equal(decode(encode(weights, np.full(3, base))), weights), base
+    assert 5.9 < len(encode(normal_fp8(512, 0.02))) * 8 / (512 * TILE) < 6.3
+    assert 6.7 < len(encode(normal_fp8(512, 90))) * 8 / (512 * TILE) < 7.2
+
+
 @pytest.mark.parametrize("at", [0, 4, 8, 12, 16, 256 + 5 * 1280 + 8, 256 + 5 * 1280 + 40])
 def test_the_reference_notices_a_broken_segment(at: int) -> None:
     segment = bytearray(encode(WEIGHTS["random bits"]))
@@ -178,6 +216,18 @@ def test_any_base(kernel: Callable[..., int]) -> None:
         bases = [np.full(len(each) // TILE, base) for each in weights]
         bases[0] = np.array(BASES)
         check(kernel, weights, [encode(*both) for both in zip(weights, bases, strict=True)])
+
+
+def test_fp8(kernel: Callable[..., int]) -> None:
+    for weights in WEIGHTS_OF_FP8.values():
+        check(kernel, [weights], [encode(weights)])
+    weights = random_fp8(16, 5)
+    check(kernel, [weights], [encode(weights, np.arange(16))])
+
+
+def test_a_batch_of_both(kernel: Callable[..., int]) -> None:
+    weights = [normal(3), *WEIGHTS_OF_FP8.values(), random_bits(2), normal_fp8(1, 0.1), normal(1)]
+    check(kernel, weights, [encode(each) for each in weights])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 17, 31, MOST_SEGMENTS])
@@ -208,9 +258,9 @@ def test_the_ptx_is_of_this_source() -> None:
 def test_what_the_ptx_needs() -> None:
     ptx = (KERNELS / "decode.ptx").read_text()
     assert re.findall(r"^\.(?:version|target) .*", ptx, re.M) == [".version 7.0", ".target sm_70"]
-    entry = re.search(r"\.visible \.entry decode_bf16\(\s*(.*?)\s*\)", ptx, re.S)
+    entry = re.search(r"\.visible \.entry decode\(\s*(.*?)\s*\)", ptx, re.S)
     assert entry is not None
-    assert entry[1] == f".param .align 8 .b8 decode_bf16_param_0[{ctypes.sizeof(Batch)}]"
+    assert entry[1] == f".param .align 8 .b8 decode_param_0[{ctypes.sizeof(Batch)}]"
     assert ctypes.sizeof(Batch) == 648
     assert Batch.segments.offset == 136
     assert len(re.findall(r"\.entry", ptx)) == 1

@@ -20,10 +20,10 @@ budget_bytes, ...)``
     one was found. ``manual``: ``resident_blocks`` stay whole, all others are streamed whole.
     ``window``: blocks that are copied ahead at most, or -1. ``verify``: compare what arrives with
     its source. ``names``: one a line for each tensor, for messages. ``encode``: 0 never, 1 where
-    copies decide, 2 always; the tensors whose numbers ``encodable`` has, bf16 all of them, in up to
-    ``encoded_bytes`` of host memory; ``locked_bytes``: most that is page-locked, those included;
-    ``decode_buffer``: uint8, one dimension, on the device of the arena, 11 MiB and more, if that
-    is a GPU.
+    copies decide, 2 always; the tensors whose numbers ``encodable`` has, bf16 all of them, and
+    ``encodable_fp8``, float8_e4m3fn, in up to ``encoded_bytes`` of host memory;
+    ``locked_bytes``: most that is page-locked, those included; ``decode_buffer``: uint8, one
+    dimension, on the device of the arena, 11 MiB and more, if that is a GPU.
 ``plan_for(engine, budget_bytes)``, ``rebuild(engine, arena, budget_bytes)``
     What another budget would give; and a change to it, or to the better plan that was found.
     ``rebuild`` blocks until the device is done with the old arena, and moves what stays to the new

@@ -15,7 +15,7 @@ use super::list::List;
 use super::locks::Locks;
 use super::stream::{CopyStream, EVENT_UNTIMED, Event};
 use super::{H2d, Source};
-use crate::codec;
+use crate::codec::{self, Element};
 use crate::error::{Error, Result};
 use crate::units::{ALIGN_BYTES, align_up, index, narrow};
 
@@ -107,7 +107,8 @@ impl Decoder {
         let room = (buffer + bytes).saturating_sub(begin);
         let count = (room / PART_BYTES).clamp(LEAST_PARTS, MOST_PARTS);
         let part_bytes = room / count / ALIGN_BYTES * ALIGN_BYTES;
-        let need = codec::most_encoded_bytes(codec::SEGMENT_BYTES) as u64;
+        // None is longer than its raw bytes; the room is that of any of bf16 all the same.
+        let need = codec::most_encoded_bytes(Element::Bf16, codec::SEGMENT_BYTES) as u64;
         if part_bytes < need {
             let need = LEAST_PARTS * (need + ALIGN_BYTES);
             return Err(Error::Invalid(format!(
@@ -122,7 +123,7 @@ impl Decoder {
         let (module, function) = load(api)?;
         let decoder =
             Self { api, parts, copied, turn, stream, buffer: begin, part_bytes, function, module };
-        decoder.try_out()?;
+        Element::ALL.into_iter().try_for_each(|element| decoder.try_out(element))?;
         Ok(decoder)
     }
 
@@ -156,10 +157,10 @@ impl Decoder {
         let mut encoded = List::<MOST_SEGMENTS>::new();
         let mut at = place;
         for (number, copy) in copies.iter().enumerate() {
-            let Source::Encoded { address, bytes } = copy.source else {
+            let Source::Encoded { address, bytes, element } = copy.source else {
                 return Err(Error::Internal("a copy that is not encoded is not decoded".into()));
             };
-            let tiles = narrow(index(copy.bytes / codec::TILE_BYTES as u64));
+            let tiles = narrow(index(copy.bytes / element.tile_bytes() as u64));
             batch.first_tile[number + 1] = batch.first_tile[number] + tiles;
             batch.segments[number] = [at, copy.target];
             let bytes = u64::from(bytes);
@@ -225,10 +226,10 @@ impl Decoder {
     }
 
     /// Decodes a segment with every bit pattern there is, in memory of its own, and compares.
-    fn try_out(&self) -> Result<()> {
+    fn try_out(&self, element: Element) -> Result<()> {
         let raw: Vec<u8> = (0..=u16::MAX).flat_map(|bits| scattered(bits).to_le_bytes()).collect();
         let mut segment = Vec::new();
-        if !codec::encode(&raw, &mut segment) {
+        if !codec::encode(element, &raw, &mut segment) {
             return Err(Error::Internal("all bit patterns are whole tiles".into()));
         }
         let (raw_bytes, bytes) = (raw.len(), segment.len());
@@ -239,7 +240,7 @@ impl Decoder {
         let stream = &self.stream;
         copy_one(self.api, &from, stream)?;
         let mut batch = Batch { count: 1, ..Batch::EMPTY };
-        batch.first_tile[1] = narrow(raw_bytes / codec::TILE_BYTES);
+        batch.first_tile[1] = narrow(raw_bytes / element.tile_bytes());
         batch.segments[0] = [source, target];
         self.launch(&mut batch)?;
         let mut found = vec![0_u8; raw_bytes];
@@ -274,8 +275,7 @@ fn load(api: &'static Api) -> Result<(Module, Function)> {
     let code = unsafe { (api.cuModuleLoadData)(&raw mut module, text.as_ptr().cast()) };
     api.check("cuModuleLoadData", code)?;
     // SAFETY: the module was just loaded; writes one handle.
-    let code =
-        unsafe { (api.cuModuleGetFunction)(&raw mut function, module, c"decode_bf16".as_ptr()) };
+    let code = unsafe { (api.cuModuleGetFunction)(&raw mut function, module, c"decode".as_ptr()) };
     api.check("cuModuleGetFunction", code).inspect_err(|_| {
         // SAFETY: as in `drop`.
         let _ = unsafe { (api.cuModuleUnload)(module) };
@@ -310,7 +310,7 @@ mod tests {
     fn the_argument_is_the_kernels() {
         assert_eq!(size_of::<Batch>(), 648);
         assert_eq!(std::mem::offset_of!(Batch, segments), 136);
-        assert!(PTX.contains(".visible .entry decode_bf16("));
+        assert!(PTX.contains(".visible .entry decode("));
     }
 
     #[test]

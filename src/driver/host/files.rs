@@ -2,7 +2,7 @@
 //! cache.
 
 use super::shim::{self, WeightFile};
-use crate::codec;
+use crate::codec::{self, Element};
 use crate::driver::Source;
 use crate::error::{Error, Result};
 use crate::units::index;
@@ -36,8 +36,8 @@ impl Files {
                 Ok(())
             }
             Source::File { file, offset } => self.get(file)?.read_at(offset, address, bytes),
-            Source::Encoded { address: from, bytes: encoded } => {
-                decode(from, u64::from(encoded), address, bytes)
+            Source::Encoded { address: from, bytes: encoded, element } => {
+                decode(element, (from, u64::from(encoded)), (address, bytes))
             }
         }
     }
@@ -66,11 +66,15 @@ impl Files {
     }
 }
 
-/// Decodes the segment of `encoded` bytes at `from` into the `bytes` bytes at `address`.
-fn decode(from: u64, encoded: u64, address: u64, bytes: u64) -> Result<()> {
+/// Decodes the segment at an address and of a size into the bytes at another.
+fn decode(
+    element: Element,
+    (from, encoded): (u64, u64),
+    (address, bytes): (u64, u64),
+) -> Result<()> {
     let (mut segment, mut raw) = (vec![0_u8; index(encoded)], vec![0_u8; index(bytes)]);
     shim::copy(segment.as_mut_ptr() as u64, from, encoded);
-    codec::decode(std::hint::black_box(&segment), &mut raw)
+    codec::decode(element, std::hint::black_box(&segment), &mut raw)
         .map_err(|found| Error::Internal(format!("an encoded segment: {found}")))?;
     shim::copy(address, std::hint::black_box(raw).as_ptr() as u64, bytes);
     Ok(())

@@ -12,7 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use super::early::rest;
 use super::feed::Host;
 use super::picks::EIGHTHS;
-use crate::codec;
+use crate::codec::{self, Element};
 use crate::driver::{Device, Source};
 use crate::engine::Spec;
 use crate::plan::Plan;
@@ -47,6 +47,7 @@ impl Encode {
 #[derive(Debug, Clone)]
 pub(in crate::engine) struct Task {
     tensor: u32,
+    element: Element,
     source: Source,
     bytes: u64,
     /// Where copies of the plan begin within it, ascending.
@@ -81,15 +82,15 @@ impl Host {
         let room = self.code_room.saturating_sub(codes.bytes());
         let task = |(number, &source): (usize, &Source)| {
             let (tensor, bytes) = (narrow(number), spec.profile.tensors[number].bytes);
-            let can_be = spec.encodable.get(number).copied().unwrap_or(false)
-                && !plan.resident[number]
+            let element = spec.element_of(tensor)?;
+            let can_be = !plan.resident[number]
                 && codes.is_picked(tensor)
                 && codes.get(tensor).is_none()
                 && whole_pages(bytes) <= room
                 && !hopeless.contains(&tensor);
             let source = cache.source(tensor).unwrap_or(source);
             let changes = codes.changes(tensor);
-            can_be.then(|| Task { tensor, source, bytes, cuts: Vec::new(), changes })
+            can_be.then(|| Task { tensor, element, source, bytes, cuts: Vec::new(), changes })
         };
         let mut tasks: Vec<Task> = spec.sources.iter().enumerate().filter_map(task).collect();
         if !tasks.is_empty() {
@@ -117,8 +118,8 @@ fn cuts(plan: &Plan) -> BTreeMap<u32, Vec<u64>> {
 
 /// The runs of whole tiles to encode of `bytes` bytes, each with its first byte: no copy that
 /// begins at one of the `cuts` needs a part of one. Small ones are left out.
-fn pieces(bytes: u64, cuts: &[u64]) -> Vec<(u64, u64)> {
-    let (tile, most) = (codec::TILE_BYTES as u64, codec::SEGMENT_BYTES as u64);
+fn pieces(element: Element, bytes: u64, cuts: &[u64]) -> Vec<(u64, u64)> {
+    let (tile, most) = (element.tile_bytes() as u64, codec::SEGMENT_BYTES as u64);
     let mut pieces = Vec::new();
     let least = LEAST_PIECE_BYTES.min(bytes / tile * tile).max(tile);
     let ends = cuts.iter().copied().filter(|&cut| cut > 0 && cut < bytes).chain([bytes]);
@@ -241,7 +242,9 @@ impl Work {
                 if !self.is_wanted() {
                     return;
                 }
-                match segments.map(|segments| Code::new(&self.device, &segments, threads())) {
+                match segments
+                    .map(|segments| Code::new(&self.device, task.element, &segments, threads()))
+                {
                     Some(Ok((code, took))) => {
                         let refused = self.codes.write().put(task.tensor, code, task.changes);
                         drop(refused); // unlocks, for which nobody is to wait
@@ -256,12 +259,12 @@ impl Work {
     /// The segments of a tensor that become smaller, several at a time; `None` if there are none,
     /// or it cannot be read.
     fn encode(&self, task: &Task) -> Option<Vec<(u64, u64, Vec<u8>)>> {
-        let pieces = pieces(task.bytes, &task.cuts);
+        let pieces = pieces(task.element, task.bytes, &task.cuts);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
         each_in_threads(pieces.len(), threads(), |number| {
             if self.is_wanted() {
                 let (offset, bytes) = pieces[number];
-                if let Some(encoded) = self.encode_one(task.source.advanced(offset), bytes) {
+                if let Some(encoded) = self.encode_one(task, offset, bytes) {
                     done.lock().push((offset, bytes, encoded));
                 }
             }
@@ -271,13 +274,13 @@ impl Work {
         (!segments.is_empty()).then_some(segments)
     }
 
-    fn encode_one(&self, source: Source, bytes: u64) -> Option<Vec<u8>> {
-        let mut raw = vec![0; index(bytes)];
-        self.device.read(source, raw.as_mut_ptr() as u64, bytes).ok()?;
+    fn encode_one(&self, task: &Task, offset: u64, bytes: u64) -> Option<Vec<u8>> {
+        let (element, mut raw) = (task.element, vec![0; index(bytes)]);
+        self.device.read(task.source.advanced(offset), raw.as_mut_ptr() as u64, bytes).ok()?;
         let raw = std::hint::black_box(raw);
-        let mut encoded = Vec::with_capacity(codec::most_encoded_bytes(raw.len()));
+        let mut encoded = Vec::with_capacity(codec::most_encoded_bytes(element, raw.len()));
         let most = bytes - bytes * LEAST_SAVED_PERCENT / 100;
-        let smaller = codec::encode(&raw, &mut encoded) && encoded.len() as u64 <= most;
+        let smaller = codec::encode(element, &raw, &mut encoded) && encoded.len() as u64 <= most;
         smaller.then_some(encoded)
     }
 }
@@ -294,7 +297,9 @@ mod tests {
 
     #[test]
     fn pieces_are_whole_tiles_and_end_where_a_copy_may() {
-        let (tile, most) = (codec::TILE_BYTES as u64, codec::SEGMENT_BYTES as u64);
+        let (tile, most) = (2048, codec::SEGMENT_BYTES as u64);
+        let pieces = |bytes, cuts: &[u64]| super::pieces(Element::Bf16, bytes, cuts);
+        assert_eq!(super::pieces(Element::Fp8, 3 * tile - 1, &[]), [(0, 3 * tile - 1024)]);
         assert_eq!(pieces(tile - 1, &[0]), []);
         assert_eq!(pieces(3 * tile + 1, &[]), [(0, 3 * tile)], "small, but all there is");
         assert_eq!(pieces(most + most / 2, &[0]), [(0, most), (most, most / 2)]);

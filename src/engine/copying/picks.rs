@@ -53,10 +53,8 @@ impl Host {
         self.picked_for = made_for;
         let picks = {
             let codes = self.codes.read();
-            let can_be = |tensor: u32| {
-                let may_be = spec.encodable.get(index(tensor)).copied().unwrap_or(false);
-                may_be && !hopeless.contains(&tensor)
-            };
+            let can_be =
+                |tensor: u32| spec.element_of(tensor).is_some() && !hopeless.contains(&tensor);
             let bytes = |tensor: u32| spec.profile.tensors[index(tensor)].bytes;
             picked(plan, bytes, can_be, |tensor| codes.get(tensor).is_some(), eighths)
         };

@@ -1,9 +1,10 @@
-//! The kernel `decode_bf16`, written from `docs/encoded-format.md` alone: a check of the product's.
+//! The kernel `decode`, written from `docs/encoded-format.md` alone: a check of the product's.
 
 use crate::codes::{Answer, LAUNCH_FAILED};
 use crate::work::Span;
 
 const MAGIC: u32 = 0x3157_4744;
+const MAGIC_OF_FP8: u32 = 0x3146_4744;
 /// The alignment of a segment's parts, and the size of its header.
 const PART: usize = 256;
 const TILE_ELEMENTS: usize = 1024;
@@ -46,7 +47,7 @@ impl Batch {
             let tiles = tiles[1].checked_sub(tiles[0])? as usize;
             let elements = Segment { address: source, tiles }.elements()?;
             let source = elements.as_ptr().expose_provenance();
-            Span { source, target, bytes: size_of_val(&elements[..]) }.copy();
+            Span { source, target, bytes: elements.len() }.copy();
         }
         Some(())
     }
@@ -64,22 +65,25 @@ struct Segment {
 }
 
 impl Segment {
-    fn elements(self) -> Option<Vec<u16>> {
+    /// The bytes of the elements.
+    fn elements(self) -> Option<Vec<u8>> {
         let [magic, tiles, second, escapes] = self.words(0, 4).try_into().ok()?;
-        if magic != MAGIC || tiles as usize != self.tiles {
+        if ![MAGIC, MAGIC_OF_FP8].contains(&magic) || tiles as usize != self.tiles {
             return None;
         }
+        let is_fp8 = magic == MAGIC_OF_FP8;
         if !(1..=MOST_TILES).contains(&self.tiles) {
             return None;
         }
-        let planes_at = PART + TILE_ELEMENTS * self.tiles;
+        let signs_bytes = TILE_ELEMENTS * self.tiles / if is_fp8 { 2 } else { 1 };
+        let planes_at = PART + signs_bytes;
         let table_at = planes_at + PART * self.tiles;
-        let signs = self.bytes(PART, TILE_ELEMENTS * self.tiles);
+        let signs = self.bytes(PART, signs_bytes);
         let planes = self.words(planes_at, 64 * self.tiles);
         let table = self.words(table_at, 2 * self.tiles);
         let second_at = table_at + (8 * self.tiles).next_multiple_of(PART);
         let mut rare = Rare::find(self, &planes, second_at, [second, escapes])?;
-        let mut elements = vec![0; TILE_ELEMENTS * self.tiles];
+        let mut elements = vec![0; TILE_ELEMENTS * self.tiles * if is_fp8 { 1 } else { 2 }];
         for tile in 0..self.tiles {
             let [rank, word] = [table[2 * tile], table[2 * tile + 1]];
             if [rank as usize, (word & 0x00FF_FFFF) as usize] != [rare.codes, rare.escapes] {
@@ -90,10 +94,17 @@ impl Segment {
                 let code = plane(0) + 2 * plane(1);
                 let exponent =
                     if code == 3 { rare.next(word >> 24) } else { (word >> 24) + 4 + code };
-                let exponent = u16::from(u8::try_from(exponent).ok()?);
                 let at = TILE_ELEMENTS * tile + element(lane, bit);
+                if is_fp8 {
+                    let half = signs[at / 8 * 4 + at % 4] >> (4 * (at / 4 % 2)) & 0x0F;
+                    let exponent = u8::try_from(exponent % 16).ok()?;
+                    elements[at] = (half & 0x08) << 4 | exponent << 3 | half & 0x07;
+                    continue;
+                }
+                let exponent = u16::from(u8::try_from(exponent).ok()?);
                 let sign = u16::from(signs[at]);
-                elements[at] = (sign & 0x80) << 8 | exponent << 7 | sign & 0x7F;
+                let element = (sign & 0x80) << 8 | exponent << 7 | sign & 0x7F;
+                elements[2 * at..][..2].copy_from_slice(&element.to_le_bytes());
             }
         }
         Some(elements)
@@ -231,6 +242,32 @@ mod tests {
             let exponent = mixed_exponent(tile, lane, j, i);
             let expected = (sign & 0x80) << 8 | exponent << 7 | sign & 0x7F;
             assert_eq!(element, expected, "tile {tile}, lane {lane}, j {j}, i {i}");
+        }
+    }
+
+    #[test]
+    fn in_fp8_signs_are_half_a_byte_and_exponents_a_circle() {
+        let mut segment = mixed_segment();
+        // Half of the signs go; all behind them is 1024 bytes nearer to the start.
+        segment.drain(256..1280);
+        put_words(&mut segment, 0, &[MAGIC_OF_FP8, 2, 2048, 2304]);
+        segment[1792 + 7] = 14;
+        segment[1792 + 15] = 9;
+        let mut target = [0; TILE_ELEMENTS];
+        assert_eq!(Batch::of(&segment, &mut target).decode(), Ok(()));
+        let bytes = target.iter().flat_map(|pair| pair.to_le_bytes());
+        for (at, element) in bytes.enumerate() {
+            let (tile, j, lane, i) = (at / 1024, at / 256 % 4, at / 8 % 32, at % 8);
+            let byte = u16::from(segment[256 + at / 8 * 4 + at % 4]);
+            let half = if at / 4 % 2 == 0 { byte % 16 } else { byte / 16 };
+            // Of the exponents of bf16 those of escapes are as they are, others by their base.
+            let exponent = match mixed_exponent(tile, lane, j, i) {
+                escape @ (0 | 255 | 99 | 42 | 17) => escape % 16,
+                other if tile == 0 => (other - 100 + 14) % 16,
+                other => (other - 20 + 9) % 16,
+            };
+            let expected = (half & 8) << 4 | exponent << 3 | half & 7;
+            assert_eq!(u16::from(element), expected, "tile {tile}, lane {lane}, j {j}, i {i}");
         }
     }
 

@@ -27,7 +27,7 @@
 //!   driver of 12.8 or newer (`driver`) for a version that has this ABI.
 //! * Calls that free host or device memory first wait for all streams; destroying a stream or an
 //!   event waits for nothing. A destroyed handle is refused with 400.
-//! * Two kernels do something: `fill`, and `decode_bf16`, which decodes what
+//! * Two kernels do something: `fill`, and `decode`, which decodes what
 //!   `docs/encoded-format.md` describes. It takes `decode_us`, reads and writes then, and fails
 //!   where a segment breaks the format or has other tiles than the launch says. Any other kernel
 //!   fails.

@@ -1,4 +1,4 @@
-//! Modules and their kernels: all but `fill` and `decode_bf16` fail when they run.
+//! Modules and their kernels: all but `fill` and `decode` fail when they run.
 
 use parking_lot::Mutex;
 
@@ -16,7 +16,7 @@ pub(crate) struct Module {
 pub(crate) enum Function {
     /// `fill(u32 *target, u32 count, u32 value)`
     Fill,
-    /// `decode_bf16(Batch batch)`, with a [`Batch`](crate::decode::Batch) by value
+    /// `decode(Batch batch)`, with a [`Batch`](crate::decode::Batch) by value
     Decode,
     Other,
 }
@@ -37,7 +37,7 @@ impl Module {
         }
         let function = match name {
             "fill" => Function::Fill,
-            "decode_bf16" => Function::Decode,
+            "decode" => Function::Decode,
             _ => Function::Other,
         };
         let handle = functions.insert(function.into());
@@ -61,10 +61,10 @@ mod tests {
     #[test]
     fn functions_are_the_images_entries_and_go_with_the_module() {
         let functions = Handles::new();
-        let image = [".visible .entry fill(.param) {}", ".entry decode_bf16(", ".entry scale("];
+        let image = [".visible .entry fill(.param) {}", ".entry decode(", ".entry scale("];
         let module = Module::new(image.concat());
         assert_eq!(module.function("fil", &functions), Err(NOT_FOUND));
-        let kinds = ["fill", "decode_bf16", "scale"].map(|name| {
+        let kinds = ["fill", "decode", "scale"].map(|name| {
             let handle = module.function(name, &functions)?;
             functions.find(handle).map(|function| *function)
         });

@@ -84,7 +84,7 @@ pub(crate) enum Work {
         count: u32,
         value: u32,
     },
-    /// The kernel `decode_bf16`, slow: it reads and writes at its end.
+    /// The kernel `decode`, slow: it reads and writes at its end.
     Decode(Box<Batch>),
     /// Any other kernel: it fails.
     FailingKernel,

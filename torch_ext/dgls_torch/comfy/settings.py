@@ -31,8 +31,8 @@ class Settings:
         resident: Names of blocks that stay on the device; the others are streamed then, through
             ``slots`` of them at a time. ``None`` lets the planner choose.
         unit: What is streamed at a time: ``"block"``, or ``"layer"``, each layer of the blocks.
-        compress: Whether bf16 weights go to the device encoded: ``"off"``, or ``"auto"``, as many
-            as hide the copies.
+        compress: Whether bf16 and fp8 weights go to the device encoded: ``"off"``, or ``"auto"``,
+            as many as hide the copies.
         slots: Blocks on the device at a time, of those that are streamed, when ``resident`` is
             given.
         reserve_bytes: What an automatic budget leaves for LoRA weights.

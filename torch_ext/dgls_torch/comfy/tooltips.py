@@ -70,9 +70,9 @@ STREAM = {
         "on the GPU, less memory is enough, and each layer costs the CPU what a block does."
     ),
     "compress": (
-        "auto: bf16 weights are copied in a smaller form and restored on the GPU, bit by bit: as "
-        "many as hide the copies behind the GPU's work. It also holds up to two thirds of what is "
-        "streamed in host memory, and 32 to 128 MiB of vram."
+        "auto: bf16 and fp8 weights are copied in a smaller form and restored on the GPU, bit by "
+        "bit: as many as hide the copies behind the GPU's work. It also holds up to two thirds of "
+        "what is streamed in host memory (fp8: nine tenths), and 32 to 128 MiB of vram."
     ),
 }
 

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--latency", help="what each copy takes beside its bytes (default 10us)")
     add("--blocks", help="prefixes of the blocks' names, if they are not found: a,b")
     add("--unit", help="what is streamed at a time: block (default) or layer")
-    add("--compress", help="off (default), auto or on: bf16 weights go over the link encoded")
+    add("--compress", help="off (default), auto or on: bf16 and fp8 weights go encoded")
     add("--resident", help="blocks that stay whole, all others are streamed whole: 0,1,5-9")
     add("--prefetch", help="the most streamed blocks that are copied ahead of the running one")
     add("--verify", action="store_true", help="also solve for the optimum over all policies")

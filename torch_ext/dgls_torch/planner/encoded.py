@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dgls_torch.encoding import BUFFER_LEAST, SHARE, decoder_bytes
+from dgls_torch.encoding import BUFFER_LEAST, decoder_bytes
 from dgls_torch.layout import least_of_blocks
 from dgls_torch.planner.form import make_inputs
 
@@ -25,17 +25,19 @@ class Encoded:
 
     Attributes:
         share: Bytes on the link for each byte that is streamed, if what is streamed is like all.
+        held_share: Of those the encoded ones, which the host holds.
         buffer_bytes: Device memory to decode from, of the budget.
         least_buffer_bytes: What of it the smallest budget that works has.
     """
 
     share: float
+    held_share: float
     buffer_bytes: int
     least_buffer_bytes: int
 
     def held_bytes(self, streamed_bytes: int) -> int:
         """Host memory that holds the encoded form of so many streamed bytes."""
-        return round(streamed_bytes * SHARE * (1 - self.share) / (1 - SHARE))
+        return round(streamed_bytes * self.held_share)
 
 
 def _encoded_of(
@@ -56,8 +58,9 @@ def _encoded_of(
     buffer_bytes = decoder_bytes(compress, vram_bytes, needed)
     if buffer_bytes == 0:
         return None
-    share = 1 - (1 - SHARE) * sizes.encodable_bytes / sum(blocks)
-    return Encoded(share, buffer_bytes, 0 if compress == "auto" else BUFFER_LEAST)
+    held_share = sizes.encoded_bytes / sum(blocks)
+    share = 1 - sizes.encodable_bytes / sum(blocks) + held_share
+    return Encoded(share, held_share, buffer_bytes, 0 if compress == "auto" else BUFFER_LEAST)
 
 
 def inputs_of(

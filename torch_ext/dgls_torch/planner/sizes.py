@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dgls_torch.encoding import may_encode
+from dgls_torch.encoding import encoded_bytes, may_encode
 from dgls_torch.files import SafetensorsSource
 from dgls_torch.layout import Anatomy, aligned
 
@@ -29,12 +29,13 @@ class BlockSizes:
 class ModelSizes:
     """The blocks of a model in order of registration, and the bytes of all else.
 
-    Of the blocks' bytes ``encodable_bytes`` may go over the link encoded.
+    Of the blocks' bytes ``encodable_bytes`` may go over the link encoded, then ``encoded_bytes``.
     """
 
     blocks: tuple[BlockSizes, ...]
     outside_bytes: int
     encodable_bytes: int = 0
+    encoded_bytes: int = 0
 
     def compute_s(self, tokens: int, tflops: float) -> list[float]:
         """Seconds of each block, from two operations for each element of a matrix and token."""
@@ -66,7 +67,7 @@ def sizes_of(model: nn.Module, config: StreamConfig) -> ModelSizes:
     ]
     parts = [part for weights in anatomy.weights for weight in weights for part in weight.parts]
     encodable = sum(part.bytes for part in parts if may_encode(part))
-    return ModelSizes(tuple(blocks), anatomy.outside_bytes, encodable)
+    return ModelSizes(tuple(blocks), anatomy.outside_bytes, encodable, encoded_bytes(parts))
 
 
 def _anywhere(name: str, tensor: torch.Tensor) -> None:

@@ -55,7 +55,7 @@ pub extern "C" fn cuModuleUnload(module: usize) -> Code {
     })
 }
 
-/// Enqueues a kernel: `fill` fills, `decode_bf16` decodes, any other makes 719 sticky when the
+/// Enqueues a kernel: `fill` fills, `decode` decodes, any other makes 719 sticky when the
 /// stream comes to it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuLaunchKernel(
@@ -79,7 +79,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
             Function::Other => Work::FailingKernel,
             _ if arguments.is_null() => return Err(INVALID_VALUE),
             Function::Decode => {
-                // SAFETY: the caller passes `decode_bf16`'s argument.
+                // SAFETY: the caller passes `decode`'s argument.
                 let batch = unsafe { decode(arguments) };
                 let block = [block_x, block_y, block_z];
                 // A batch that has no right grid crashes when it runs.
@@ -113,7 +113,7 @@ unsafe fn fill(arguments: *const *const c_void) -> Work {
 
 /// # Safety
 ///
-/// `arguments` points to a pointer to `decode_bf16`'s argument, a [`Batch`] with what it promises.
+/// `arguments` points to a pointer to `decode`'s argument, a [`Batch`] with what it promises.
 unsafe fn decode(arguments: *const *const c_void) -> Box<Batch> {
     // SAFETY: the caller's promise: one valid pointer.
     let batch = unsafe { arguments.read() };
@@ -135,7 +135,7 @@ mod tests {
     use crate::testing::{Gate, ask, new_event, new_stream, plain_segment, session, set, value};
 
     const IMAGE: &CStr =
-        c".visible .entry fill() {} .visible .entry decode_bf16() {} .visible .entry crash() {}";
+        c".visible .entry fill() {} .visible .entry decode() {} .visible .entry crash() {}";
 
     fn load() -> usize {
         // SAFETY: the image is a C string.
@@ -153,7 +153,7 @@ mod tests {
         unsafe { cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, stream, arguments, ptr::null()) }
     }
 
-    /// `decode_bf16`'s argument, byte by byte.
+    /// `decode`'s argument, byte by byte.
     #[derive(Clone)]
     struct Argument([u8; 648]);
 
@@ -178,7 +178,7 @@ mod tests {
 
         fn launch(&self, grid: [u32; 3], block: [u32; 3], stream: usize) -> Code {
             let module = load();
-            let decode = function(module, c"decode_bf16").unwrap_or_default();
+            let decode = function(module, c"decode").unwrap_or_default();
             let ([x, y, z], [bx, by, bz]) = (grid, block);
             let arguments = [self.0.as_ptr().cast()];
             let (arguments, extra) = (arguments.as_ptr(), ptr::null());
@@ -250,7 +250,7 @@ mod tests {
             assert_eq!(argument.launch([2, 1, 1], block, stream), INVALID_VALUE, "{block:?}");
         }
         let module = load();
-        for name in [c"fill", c"decode_bf16"] {
+        for name in [c"fill", c"decode"] {
             let function = function(module, name).unwrap_or_default();
             let none = ptr::null();
             // SAFETY: nothing is read from null.
