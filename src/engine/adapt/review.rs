@@ -112,7 +112,7 @@ impl Review {
                 };
                 let pins = question.locker.lock(&plan, &mut |took| {
                     if adapt == Adapt::Beside {
-                        rest(took, &is_wanted);
+                        rest((std::time::Instant::now(), took), &is_wanted);
                     }
                     is_wanted.load(Ordering::Relaxed)
                 });

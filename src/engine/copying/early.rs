@@ -71,13 +71,13 @@ impl Locker {
     }
 }
 
-/// Leaves the driver to the model for a while, after a call that took so long. Whoever takes
-/// `is_wanted` back and unparks the thread ends that; a thread that helped and ended meanwhile,
-/// which unparks it too, does not.
-pub(in crate::engine) fn rest(took: Duration, is_wanted: &AtomicBool) {
-    let (begun, lasts) = (Instant::now(), RESTS * took);
+/// Leaves the driver to the model until a while after a call that ended then and took so long.
+/// Whoever takes `is_wanted` back and unparks the thread ends that; a thread that helped and ended
+/// meanwhile, which unparks it too, does not.
+pub(in crate::engine) fn rest((ended, took): (Instant, Duration), is_wanted: &AtomicBool) {
+    let lasts = RESTS * took;
     while is_wanted.load(Ordering::Relaxed)
-        && let Some(left) = lasts.checked_sub(begun.elapsed())
+        && let Some(left) = lasts.checked_sub(ended.elapsed())
         && !left.is_zero()
     {
         std::thread::park_timeout(left);

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -72,7 +72,13 @@ struct Work {
     hopeless: Arc<Mutex<Vec<u32>>>,
     most_bytes: u64,
     is_wanted: Arc<AtomicBool>,
+    /// Memory to encode in, to be used again: new pages take longer than encoding does.
+    raw: Mutex<Vec<Vec<u8>>>,
+    encoded: Mutex<Vec<Vec<u8>>>,
 }
+
+/// A run of a tensor's bytes, where it begins there, and its segment.
+type Encoded = (u64, u64, Vec<u8>);
 
 impl Host {
     /// What of `plan` is to go encoded and is not yet, and can be.
@@ -220,6 +226,8 @@ impl Host {
             hopeless: Arc::clone(&self.hopeless),
             most_bytes: self.code_room,
             is_wanted,
+            raw: Mutex::default(),
+            encoded: Mutex::default(),
         }
     }
 }
@@ -229,10 +237,12 @@ impl Work {
         self.is_wanted.load(Ordering::Relaxed)
     }
 
-    fn run(&self, tasks: Vec<Task>, rest: impl Fn(Duration, &AtomicBool)) {
+    fn run(&self, tasks: Vec<Task>, rest: impl Fn((Instant, Duration), &AtomicBool)) {
         // A panic leaves nothing behind: those weights go as they are.
         let _ = catch_unwind(AssertUnwindSafe(|| {
             let left = |work: &Self| work.most_bytes.saturating_sub(work.codes.read().bytes());
+            // When the last one was page-locked, and what that took.
+            let mut last = (Instant::now(), Duration::ZERO);
             for task in tasks {
                 // It becomes smaller, or is not kept.
                 if !self.is_wanted() || left(self) < whole_pages(task.bytes) {
@@ -242,13 +252,17 @@ impl Work {
                 if !self.is_wanted() {
                     return;
                 }
-                match segments
-                    .map(|segments| Code::new(&self.device, task.element, &segments, threads()))
-                {
+                let code = segments.map(|segments| {
+                    rest(last, &self.is_wanted);
+                    let made = Code::new(&self.device, task.element, &segments, threads());
+                    self.encoded.lock().extend(segments.into_iter().map(|(.., encoded)| encoded));
+                    made
+                });
+                match code {
                     Some(Ok((code, took))) => {
+                        last = (Instant::now(), took);
                         let refused = self.codes.write().put(task.tensor, code, task.changes);
                         drop(refused); // unlocks, for which nobody is to wait
-                        rest(took, &self.is_wanted);
                     }
                     Some(Err(_)) | None => self.hopeless.lock().push(task.tensor),
                 }
@@ -258,7 +272,7 @@ impl Work {
 
     /// The segments of a tensor that become smaller, several at a time; `None` if there are none,
     /// or it cannot be read.
-    fn encode(&self, task: &Task) -> Option<Vec<(u64, u64, Vec<u8>)>> {
+    fn encode(&self, task: &Task) -> Option<Vec<Encoded>> {
         let pieces = pieces(task.element, task.bytes, &task.cuts);
         let done = Mutex::new(Vec::with_capacity(pieces.len()));
         each_in_threads(pieces.len(), threads(), |number| {
@@ -275,13 +289,21 @@ impl Work {
     }
 
     fn encode_one(&self, task: &Task, offset: u64, bytes: u64) -> Option<Vec<u8>> {
-        let (element, mut raw) = (task.element, vec![0; index(bytes)]);
+        let mut raw = self.raw.lock().pop().unwrap_or_default();
+        raw.resize(index(bytes), 0);
         self.device.read(task.source.advanced(offset), raw.as_mut_ptr() as u64, bytes).ok()?;
         let raw = std::hint::black_box(raw);
-        let mut encoded = Vec::with_capacity(codec::most_encoded_bytes(element, raw.len()));
+        let mut encoded = self.encoded.lock().pop().unwrap_or_default();
+        encoded.clear();
+        encoded.reserve(codec::most_encoded_bytes(task.element, raw.len()));
         let most = bytes - bytes * LEAST_SAVED_PERCENT / 100;
-        let smaller = codec::encode(element, &raw, &mut encoded) && encoded.len() as u64 <= most;
-        smaller.then_some(encoded)
+        let is_encoded = codec::encode(task.element, &raw, &mut encoded);
+        self.raw.lock().push(raw);
+        if is_encoded && encoded.len() as u64 <= most {
+            return Some(encoded);
+        }
+        self.encoded.lock().push(encoded);
+        None
     }
 }
 
