@@ -7,7 +7,8 @@
 //!
 //! Three timed passes in a row have to ask for more, or for fewer. What came of more is looked at:
 //! where kernels that fill the device let no decoder in, passes may take longer than before. Then
-//! it is as it was, until the compute is another.
+//! it is as it was, until the compute is another. Fewer, of a compute with which none was not yet
+//! found worse than some, is none at first, so that some is compared with it.
 
 use super::tuner::moved;
 use super::usual::Last;
@@ -66,6 +67,8 @@ pub(in crate::engine) struct Balance {
     trial: Option<Trial>,
     /// More than so many eighths took longer, when the compute took so many seconds.
     most: Option<(u32, f64)>,
+    /// Some were found no worse than none, when the compute took so many seconds.
+    some_pay: Option<f64>,
 }
 
 /// Eighths of what is streamed that have to go encoded for copies to hide, which take `ratio` times
@@ -86,6 +89,7 @@ impl Balance {
         let is_another = |compute_s: f64| moved(compute_s, pass.compute_s, ANOTHER);
         self.most = self.most.filter(|&(_, compute_s)| !is_another(compute_s));
         self.trial = self.trial.filter(|trial| !is_another(trial.compute_s));
+        self.some_pay = self.some_pay.filter(|&compute_s| !is_another(compute_s));
         if self.trial.is_some() && !pass.is_settled {
             return;
         }
@@ -99,6 +103,9 @@ impl Balance {
                 self.most = Some((trial.eighths, trial.compute_s));
                 self.change_to(trial.eighths);
                 return;
+            }
+            if trial.eighths == 0 {
+                self.some_pay = Some(trial.compute_s);
             }
         }
         self.vote(pass);
@@ -121,7 +128,8 @@ impl Balance {
             let (eighths, pass_s, compute_s) =
                 (self.eighths, self.passes.usual_s(), pass.compute_s);
             self.trial = is_more.then_some(Trial { eighths, pass_s, compute_s });
-            self.change_to(self.next);
+            let is_known = is_more || self.some_pay.is_some();
+            self.change_to(if is_known { self.next } else { 0 });
         }
     }
 
@@ -191,6 +199,33 @@ mod tests {
         assert_eq!([raw; 9].map(|raw| with(&mut balance, raw)), [0; 9], "and not tried again");
         let another = Weighed { compute_s: 0.8, ..raw };
         assert_eq!([another; 3].map(|another| with(&mut balance, another)), [0, 0, 8]);
+    }
+
+    #[test]
+    fn fewer_for_a_larger_compute_are_compared_with_none() {
+        let mut balance = Balance::default();
+        let small = pass(2.0, 2.0);
+        assert_eq!([small; 9].map(|small| with(&mut balance, small)), [0, 0, 8, 8, 8, 8, 8, 8, 8]);
+        // The copies take as long as before, the compute twice as long.
+        let large = |pass_s| Weighed { copies_s: 2.0, compute_s: 2.0, ..pass(1.0, pass_s) };
+        let (mut worse, mut better) = (balance.clone(), balance);
+        for balance in [&mut worse, &mut better] {
+            assert_eq!([2.06; 3].map(|s| with(balance, large(s))), [8, 8, 0]);
+            assert_eq!([2.03; 3].map(|s| with(balance, large(s))), [0, 0, 2]);
+        }
+        assert_eq!([2.06; 3].map(|s| with(&mut worse, large(s))), [2, 2, 0]);
+        assert_eq!([2.03; 6].map(|s| with(&mut worse, large(s))), [0; 6]);
+        assert_eq!([2.0; 3].map(|s| with(&mut better, large(s))), [2; 3]);
+        // It is known now that some are better than none.
+        let little = Weighed { copies_s: 2.2, ..large(2.0) };
+        assert_eq!(
+            [little; 9].map(|little| with(&mut better, little)),
+            [2, 2, 4, 4, 4, 4, 4, 4, 4]
+        );
+        assert_eq!(
+            [1.9; 3].map(|s| with(&mut better, Weighed { copies_s: s, ..large(2.0) })),
+            [4, 4, 1]
+        );
     }
 
     #[test]
