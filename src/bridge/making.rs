@@ -72,8 +72,8 @@ fn encodable(spec: &ffi::EngineSpec) -> Result<Vec<Option<Element>>> {
                 return Err(Error::Invalid(format!("{name} names tensor {number} of {count}")));
             };
             if found.replace(element).is_some_and(|other| other != element) {
-                let what = format!("tensor {number} can be one of both: it is in encodable");
-                return Err(Error::Invalid(format!("{what} and in encodable_fp8")));
+                let both = "both in encodable and in encodable_fp8; a tensor is one of them";
+                return Err(Error::Invalid(format!("tensor {number} is {both}")));
             }
         }
     }
