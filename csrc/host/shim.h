@@ -21,9 +21,6 @@ int32_t dgls_host_unlock(uint64_t address, uint64_t bytes);
 
 /* Whole pages, straight from the system and back to it; 0 when there are none. */
 uint64_t dgls_host_allocate(uint64_t bytes);
-
-/* The same, of pages as large as the system likes to give: the first write to them takes less. */
-uint64_t dgls_host_allocate_large(uint64_t bytes);
 void dgls_host_free(uint64_t address, uint64_t bytes);
 
 /* Opens a file for reading and writes its handle to *file. The path is UTF-8. */

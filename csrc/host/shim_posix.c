@@ -34,15 +34,6 @@ uint64_t dgls_host_allocate(uint64_t bytes) {
   return memory == MAP_FAILED ? 0 : (uint64_t)(uintptr_t)memory;
 }
 
-uint64_t dgls_host_allocate_large(uint64_t bytes) {
-  uint64_t address = dgls_host_allocate(bytes);
-#ifdef MADV_HUGEPAGE
-  /* A wish: a kernel without huge pages refuses, and all is as before. */
-  if (address != 0) (void)madvise((void*)(uintptr_t)address, (size_t)bytes, MADV_HUGEPAGE);
-#endif
-  return address;
-}
-
 void dgls_host_free(uint64_t address, uint64_t bytes) {
   munmap((void*)(uintptr_t)address, (size_t)bytes);
 }

@@ -25,10 +25,6 @@ uint64_t dgls_host_allocate(uint64_t bytes) {
                                            PAGE_READWRITE);
 }
 
-uint64_t dgls_host_allocate_large(uint64_t bytes) {
-  return dgls_host_allocate(bytes); /* large pages need a privilege, and are never given back */
-}
-
 void dgls_host_free(uint64_t address, uint64_t bytes) {
   (void)bytes; /* MEM_RELEASE takes all of it and refuses a size */
   VirtualFree((void*)(uintptr_t)address, 0, MEM_RELEASE);

@@ -54,7 +54,7 @@ impl Code {
         threads: usize,
     ) -> Result<(Self, Duration)> {
         let bytes = segments.iter().map(|(.., encoded)| encoded.len() as u64).sum();
-        let pages = Pages::large(bytes)?;
+        let pages = Pages::new(bytes)?;
         let span = Span { address: pages.address(), bytes };
         let mut at = pages.address();
         let mut placed = Vec::with_capacity(segments.len());

@@ -57,22 +57,7 @@ impl Pages {
     /// [`Error::PageLock`] when there is no memory.
     pub fn new(bytes: u64) -> Result<Self> {
         // SAFETY: allocates; 0 means that there was no memory and is checked.
-        Self::of(unsafe { sys::dgls_host_allocate(bytes) }, bytes)
-    }
-
-    /// As [`Pages::new`], of larger pages where the system has them to give, for memory that is
-    /// written once and soon: it takes half the time then.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Pages::new`].
-    pub fn large(bytes: u64) -> Result<Self> {
-        // SAFETY: as above.
-        Self::of(unsafe { sys::dgls_host_allocate_large(bytes) }, bytes)
-    }
-
-    fn of(address: u64, bytes: u64) -> Result<Self> {
-        match address {
+        match unsafe { sys::dgls_host_allocate(bytes) } {
             0 => Err(Error::PageLock { bytes, reason: "out of host memory".into() }),
             address => Ok(Self { address, bytes }),
         }
@@ -267,21 +252,6 @@ mod tests {
         let error = WeightFile::open("/nowhere/weights.safetensors").expect_err("no such file");
         let text = error.to_string();
         assert!(text.contains(" of weights.safetensors failed"), "{text}");
-    }
-
-    #[test]
-    fn large_pages_are_of_any_size_and_can_be_written() {
-        for bytes in [1, 4097, (5 << 20) + 1] {
-            let pages = Pages::large(bytes).expect("some MiB");
-            assert_eq!(pages.bytes(), bytes);
-            let mut found = vec![0_u8];
-            fill(pages.address(), 0xa5, bytes);
-            copy(found.as_mut_ptr() as u64, pages.address() + bytes - 1, 1);
-            assert_eq!(std::hint::black_box(found), [0xa5]);
-        }
-        for bytes in [0, 1 << 62] {
-            assert!(Pages::large(bytes).is_err(), "{bytes} bytes");
-        }
     }
 
     #[test]

@@ -13,9 +13,6 @@ unsafe extern "C" {
     pub fn dgls_host_allocate(bytes: u64) -> u64;
 }
 unsafe extern "C" {
-    pub fn dgls_host_allocate_large(bytes: u64) -> u64;
-}
-unsafe extern "C" {
     pub fn dgls_host_free(address: u64, bytes: u64);
 }
 unsafe extern "C" {
