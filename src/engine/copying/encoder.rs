@@ -72,7 +72,7 @@ struct Work {
     hopeless: Arc<Mutex<Vec<u32>>>,
     most_bytes: u64,
     is_wanted: Arc<AtomicBool>,
-    /// Memory to encode in, to be used again: new pages take longer than encoding does.
+    /// Memory to encode in, to be used again: new pages take the system a while.
     raw: Mutex<Vec<Vec<u8>>>,
     encoded: Mutex<Vec<Vec<u8>>>,
 }
