@@ -54,14 +54,16 @@ void check_bytes(const Tensor& tensor, const std::string& name) {
   }
 }
 
-void set_decoding(EngineSpec& spec, int64_t encode, const Ints& encodable, int64_t encoded_bytes,
-                  int64_t locked_bytes, const std::optional<Tensor>& buffer, const Tensor& arena) {
+void set_decoding(EngineSpec& spec, int64_t encode, const Ints& encodable,
+                  const Ints& encodable_fp8, int64_t encoded_bytes, int64_t locked_bytes,
+                  const std::optional<Tensor>& buffer, const Tensor& arena) {
   if (encode < 0 || encode > 2) {
     refuse("encode must be 0 (never), 1 (where copies decide) or 2 (always), got " +
            std::to_string(encode));
   }
   spec.encode = static_cast<uint8_t>(encode);
   spec.encodable = blocks_of(encodable, "encodable");
+  spec.encodable_fp8 = blocks_of(encodable_fp8, "encodable_fp8");
   spec.encoded_bytes = unsigned_of(encoded_bytes, "encoded_bytes");
   spec.locked_bytes = unsigned_of(locked_bytes, "locked_bytes");
   spec.decode_address = spec.decode_bytes = 0;
@@ -177,8 +179,8 @@ int64_t op_create(Tensor arena, std::vector<Tensor> weights, Ints file_index, In
   for (std::string name; std::getline(lines, name);)
     spec.names.push_back(rust::String::lossy(name));
   spec.faults = narrow(faults, "faults");
-  spec.encodable_fp8 = blocks_of(encodable_fp8, "encodable_fp8");
-  set_decoding(spec, encode, encodable, encoded_bytes, locked_bytes, decode_buffer, arena);
+  set_decoding(spec, encode, encodable, encodable_fp8, encoded_bytes, locked_bytes, decode_buffer,
+               arena);
   return add_state(std::make_shared<State>(std::move(arena), std::move(weights),
                                            std::move(decode_buffer), stream_device,
                                            make_engine(spec)));

@@ -3,10 +3,9 @@
 use super::ELEMENTS;
 
 /// The type of the elements of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     /// Sign, eight bits of exponent, seven of mantissa.
-    #[default]
     Bf16,
     /// Sign, four bits of exponent, three of mantissa: e4m3, as torch's `float8_e4m3fn`.
     Fp8,
@@ -16,17 +15,12 @@ impl Element {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::Bf16, Self::Fp8];
 
-    /// Raw bytes of one element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::Bf16 => 2,
-            Self::Fp8 => 1,
-        }
-    }
-
     /// Raw bytes of one tile, the unit that is encoded.
     pub const fn tile_bytes(self) -> usize {
-        ELEMENTS * self.bytes()
+        match self {
+            Self::Bf16 => 2 * ELEMENTS,
+            Self::Fp8 => ELEMENTS,
+        }
     }
 
     /// The first four bytes of a segment, "DGW1" or "DGF1".
@@ -37,12 +31,9 @@ impl Element {
         }
     }
 
-    /// Bytes of the signs and mantissas of one tile.
+    /// Bytes of the signs and mantissas of one tile: half of all bits.
     pub(super) const fn signs_bytes(self) -> usize {
-        match self {
-            Self::Bf16 => ELEMENTS,
-            Self::Fp8 => ELEMENTS / 2,
-        }
+        self.tile_bytes() / 2
     }
 
     /// The bits that an exponent has.

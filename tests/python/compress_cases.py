@@ -60,13 +60,17 @@ class Words(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x * 3) ^ self.weight.view(torch.int16)
 
+    def set(self, patterns: torch.Tensor) -> None:
+        """Gives the weight these 16-bit patterns."""
+        self.weight.copy_(patterns.to(torch.int16).view_as(self.weight).view(torch.bfloat16))
+
 
 def words(patterns: Callable[[], torch.Tensor], count: int = 4) -> nn.Sequential:
     """Blocks with weights of these 16-bit patterns."""
     torch.manual_seed(3)
     model = nn.Sequential(*(Words() for _ in range(count)))
     for block in model:
-        block.weight.copy_(patterns().to(torch.int16).view(2 * WIDTH, WIDTH).view(torch.bfloat16))
+        block.set(patterns())
     return model
 
 
@@ -91,13 +95,17 @@ def both(
     torch.manual_seed(3)
     model = nn.Sequential(*(Both(dtype) for _ in range(count)))
     for block in model:
-        block.weight.copy_(patterns().to(torch.int16).view(2 * WIDTH, WIDTH).view(torch.bfloat16))
+        block.set(patterns())
         block.bytes.view(torch.uint8).copy_(of_bytes().view(4 * WIDTH, WIDTH))
     return model
 
 
 def normal_words() -> torch.Tensor:
     return torch.randn(2 * WIDTH * WIDTH).to(torch.bfloat16).view(torch.int16)
+
+
+def random_words() -> torch.Tensor:
+    return torch.randint(-(1 << 15), 1 << 15, (2 * WIDTH * WIDTH,))
 
 
 def normal_bytes(scale: float = 0.02) -> torch.Tensor:

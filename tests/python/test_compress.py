@@ -21,8 +21,10 @@ from compress_cases import (
     all_held,
     both,
     may_lock,
+    normal_words,
     passes,
     random_bytes,
+    random_words,
     run,
     run_words,
     some_passes,
@@ -48,19 +50,11 @@ pytestmark = pytest.mark.skipif(
 N = 2 * WIDTH * WIDTH
 
 
-def normal() -> torch.Tensor:
-    return torch.randn(N).to(torch.bfloat16).view(torch.int16)
-
-
 def normal_and_all_others() -> torch.Tensor:
     """Every bit pattern there is, NaNs and denormals too, between usual ones."""
-    patterns = normal()
+    patterns = normal_words()
     patterns[::8] = torch.randperm(1 << 16)[: N // 8].to(torch.int16)
     return patterns
-
-
-def random_bits() -> torch.Tensor:
-    return torch.randint(-(1 << 15), 1 << 15, (N,))
 
 
 def denormals() -> torch.Tensor:
@@ -89,11 +83,11 @@ def test_whole_models_are_bit_identical_in_every_budget() -> None:
     assert same(run(model), expected)
 
 
-@pytest.mark.parametrize("patterns", [normal, normal_and_all_others, denormals, ones])
+@pytest.mark.parametrize("patterns", [normal_words, normal_and_all_others, denormals, ones])
 def test_each_bit_arrives(patterns: Callable[[], torch.Tensor]) -> None:
     model = words(patterns)
     expected, before = run_words(model), Snapshot(model)
-    assert not same(run_words(words(random_bits)), expected)
+    assert not same(run_words(words(random_words)), expected)
     with dgls_torch.stream(model, 2 * N * 2, **ON) as s:
         # 2 of 4 fit: what is not encoded is less than one of them
         report = passes(
@@ -136,12 +130,12 @@ NOTHING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "no link": (wide, {"copy_bytes_per_s": None}),
     "fp32": (lambda: wide(2, dtype=torch.float32), {}),
     "fp16": (lambda: wide(dtype=torch.float16), {}),
-    "fp8, e5m2": (lambda: both(random_bits, random_bytes, torch.float8_e5m2), {"vram": 8 * N}),
-    "random fp8": (lambda: both(random_bits, random_bytes), {"vram": 8 * N}),
+    "fp8, e5m2": (lambda: both(random_words, random_bytes, torch.float8_e5m2), {"vram": 8 * N}),
+    "random fp8": (lambda: both(random_words, random_bytes), {"vram": 8 * N}),
     "small": (lambda: net(8, 256).bfloat16(), {}),
     "everything fits": (wide, {"vram": 1 << 30}),
     "no memory for it": (wide, {"pinned": 4096}),
-    "random bits": (lambda: words(random_bits), {"vram": 2 * N * 2}),
+    "random bits": (lambda: words(random_words), {"vram": 2 * N * 2}),
 }
 
 

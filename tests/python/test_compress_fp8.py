@@ -22,6 +22,7 @@ from compress_cases import (
     normal_words,
     passes,
     random_bytes,
+    random_words,
     run_words,
 )
 from helpers import Snapshot, same, threads
@@ -57,10 +58,6 @@ def with_all_others() -> torch.Tensor:
 
 def denormals() -> torch.Tensor:
     return random_bytes() & 0x87
-
-
-def random_words() -> torch.Tensor:
-    return torch.randint(-(1 << 15), 1 << 15, (N // 2,))
 
 
 def zeros() -> torch.Tensor:

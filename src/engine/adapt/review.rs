@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -112,7 +113,7 @@ impl Review {
                 };
                 let pins = question.locker.lock(&plan, &mut |took| {
                     if adapt == Adapt::Beside {
-                        rest((std::time::Instant::now(), took), &is_wanted);
+                        rest((Instant::now(), took), &is_wanted);
                     }
                     is_wanted.load(Ordering::Relaxed)
                 });
